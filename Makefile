@@ -1,0 +1,74 @@
+# Everything runs in .venv; only python3 (3.10 or newer), make and a C++ compiler are assumed.
+#
+#   make demo      train a classifier on handwritten digits    (ARGS="--cell gru")
+#   make test      linters, type checker, formatter, all tests (ARGS="-k lstm")
+#   make build     the environment and the native library; compiles only what has changed
+#   make sanitize  kernel tests under the address and undefined-behaviour sanitizers (needs GCC)
+#   make fuzz      10,000 random configurations against torch.nn
+#   make bench     the CPU benchmarks                          (ARGS="--help")
+#   make format    rewrites csrc/ as clang-format wants it
+#   make clean     removes what was built; `rm -rf .venv` removes the environment
+#
+# FASTRNN_BUILD, CXX, CXXFLAGS and MAX_JOBS are explained in setup.py.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: demo test env build sanitize fuzz bench format clean
+
+demo: build
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: export FASTRNN_BUILD := 1
+test: build
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+env: $(VENV)/environment.stamp
+
+$(VENV)/environment.stamp: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastrnn needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+# The metadata only: `build` compiles in place, where the compiler's output is seen.
+$(VENV)/package.stamp: $(VENV)/environment.stamp pyproject.toml setup.py
+	FASTRNN_BUILD=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+build: $(VENV)/package.stamp
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# A second copy of the package, built with sanitizers and tested next to a copy of the tests.
+# The sanitizer's runtime has to be in the process before Python is.
+SANITIZED := build/sanitized
+SANITIZE_RUN = cd $(SANITIZED) && \
+	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(abspath $(SANITIZED)) $(abspath $(BIN))/python
+
+sanitize: $(VENV)/package.stamp
+	FASTRNN_BUILD=1 FASTRNN_SANITIZE=address,undefined \
+		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)/tests
+	$(SANITIZE_RUN) -m pytest -q -p no:cacheprovider tests/test_scan.py tests/test_errors.py
+	$(SANITIZE_RUN) tests/fuzz.py --n 300
+
+fuzz: build
+	$(BIN)/python tests/fuzz.py --n 10000 $(ARGS)
+
+bench: build
+	$(BIN)/python -m bench.run $(ARGS)
+
+format: env
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf build dist *.egg-info fastrnn/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find csrc fastrnn tests bench examples -name __pycache__ -prune -exec rm -rf {} +

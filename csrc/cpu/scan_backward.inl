@@ -1,0 +1,166 @@
+// The backward pass of scan.inl, which includes this file. Runs the steps in the opposite order; each step's product
+// brings the gradient of h from the step that was run before, and the cell's backward follows on the same tile.
+
+template <class Cell, class T>
+struct Backward {
+  using S = Compute<T>;
+  using V = Vec<S>;
+  static constexpr int G = Cell::kGates, A = Cell::kSaved, R = Cell::kOwn, kLanes = V::kLanes;
+
+  static size_t scratch_bytes(const ScanShape& a) { return BackwardScratch<S>(a, G, nullptr).bytes; }
+
+  static int64_t pack_blocks(const ScanShape& a) {
+    const BackwardScratch<S> s(a, G, nullptr);
+    return a.D * (s.hh.blocks() + (a.projected ? s.hr.blocks() : 0));
+  }
+
+  static void pack(const ScanBackwardArgs& a, char* scratch, int64_t index) {
+    const BackwardScratch<S> s(a, G, scratch);
+    const int64_t d = index % a.D, block = index / a.D;
+    if (block < s.hh.blocks())
+      pack_columns(at<T>(a.weight_hh, d * G * a.H * a.P), s.hh, block, s.packed_hh + d * s.hh.size());
+    else
+      pack_columns(at<T>(a.weight_hr, d * a.P * a.H), s.hr, block - s.hh.blocks(), s.packed_hr + d * s.hr.size());
+  }
+
+  const ScanBackwardArgs& a;
+  const BackwardScratch<S> s;
+  const int64_t d;
+  int now = 0;  // dr[now] comes from the step run before, dr[1 - now] is this step's
+  alignas(64) S acc[kMaxRows * kMaxColumns * kLanes];
+
+  Backward(const ScanBackwardArgs& args, char* scratch, int64_t group) : a(args), s(args, G, scratch), d(group) {}
+
+  static void rows(const ScanBackwardArgs& args, char* scratch, int64_t d, int64_t b_begin, int64_t b_end) {
+    Backward(args, scratch, d).run(b_begin, b_end);
+  }
+
+  S* dr_row(int panel, int64_t b) const { return s.dr[panel] + (d * a.B + b) * s.dr_stride; }
+  S* dh_row(int64_t b) const { return s.dh + (d * a.B + b) * s.dh_stride; }
+  S* dc_row(int64_t b) const { return s.dc + (d * a.B + b) * s.dh_stride; }
+  S* dp_row(int64_t b) const { return s.dp + (d * a.B + b) * s.dp_stride; }
+
+  void run(int64_t b_begin, int64_t b_end) {
+    int64_t n = b_begin;  // rows [b_begin, n) took part in the step run before
+    for (int64_t step = a.T - 1; step >= 0; --step) {
+      const int64_t t = a.reversed(d) ? a.T - 1 - step : step;
+      int64_t active = a.active(t) < b_end ? a.active(t) : b_end;
+      if (active < b_begin) active = b_begin;
+      if (n > active) {
+        leave(active, n);
+        n = active;
+      }
+      for (int64_t b = n; b < active; ++b) enter(b);
+      if (a.projected) {
+        for (int64_t block = 0; block < s.hh.blocks(); ++block) {
+          products(b_begin, n, s.hh, block, [&](int64_t b, int64_t rows) { projected_tile(t, b, rows, block, true); });
+          for_tiles(n, active, [&](int64_t b, int64_t rows) { projected_tile(t, b, rows, block, false); });
+        }
+        for (int64_t block = 0; block < s.hr.blocks(); ++block)
+          for_tiles(b_begin, active, [&](int64_t b, int64_t rows) {
+            product(dp_row(b), s.dp_stride, rows, s.packed_hr + d * s.hr.size(), s.hr, block, acc);
+            cell_tile(t, b, rows, s.hr, block, true);
+          });
+      } else {
+        for (int64_t block = 0; block < s.hh.blocks(); ++block) {
+          products(b_begin, n, s.hh, block, [&](int64_t b, int64_t rows) { cell_tile(t, b, rows, s.hh, block, true); });
+          for_tiles(n, active, [&](int64_t b, int64_t rows) { cell_tile(t, b, rows, s.hh, block, false); });
+        }
+      }
+      n = active;
+      now = 1 - now;
+    }
+    leave(b_begin, n);
+  }
+
+  // acc = dr of the step run before * weight_hh, tile by tile
+  template <class F>
+  void products(int64_t first, int64_t last, const PackedShape& shape, int64_t block, F finish) {
+    for_tiles(first, last, [&](int64_t b, int64_t rows) {
+      product(dr_row(now, b), s.dr_stride, rows, s.packed_hh + d * s.hh.size(), shape, block, acc);
+      finish(b, rows);
+    });
+  }
+
+  void enter(int64_t b) {
+    copy_row(at<T>(a.dh_n, (d * a.B + b) * a.P), a.P, a.projected ? dp_row(b) : dh_row(b));
+    if (Cell::kHasC) copy_row(at<T>(a.dc_n, (d * a.B + b) * a.H), a.H, dc_row(b));
+  }
+
+  // Rows [first, last) have run their first step: the gradients of their initial states.
+  void leave(int64_t first, int64_t last) {
+    for (int64_t b = first; Cell::kHasC && a.dc0 && b < last; ++b)
+      copy_row<T, S>(dc_row(b), a.H, at<T>(a.dc0, (d * a.B + b) * a.H));
+    for (int64_t block = 0; a.dh0 && block < s.hh.blocks(); ++block)
+      products(first, last, s.hh, block, [&](int64_t b0, int64_t rows) {
+        for_vectors(s.hh, block, rows, [&](int64_t i, int64_t j, int n, V product) {
+          const V direct = a.projected ? V(S(0)) : load(dh_row(b0 + i) + j, n);
+          store(at<T>(a.dh0, (d * a.B + b0 + i) * a.P + j), product + direct, n);
+        });
+      });
+  }
+
+  // Calls f(row of the tile, first unit, units, sum) for every vector of a tile.
+  template <class F>
+  FASTRNN_INLINE void for_vectors(const PackedShape& shape, int64_t block, int64_t rows, F f) {
+    const int64_t vectors = shape.vectors_in(block);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t u = 0; u < vectors; ++u) {
+        const int64_t j = (shape.first_vector(block) + u) * kLanes;
+        const int n = shape.units - j < kLanes ? static_cast<int>(shape.units - j) : kLanes;
+        f(i, j, n, load(acc + (i * vectors + u) * kLanes, kLanes));
+      }
+  }
+
+  // The whole gradient of the projected h: from the next step (or h_n, for a row that enters) and from the output.
+  void projected_tile(int64_t t, int64_t b0, int64_t rows, int64_t block, bool multiplied) {
+    for_vectors(s.hh, block, rows, [&](int64_t i, int64_t j, int n, V product) {
+      const int64_t b = b0 + i, row = a.row(t, b) * a.D + d;
+      V dp = multiplied ? product : load(dp_row(b) + j, n);
+      if (a.doutput) dp = dp + load(at<T>(a.doutput, row * a.P + j), n);
+      store(dp_row(b) + j, dp, kLanes);
+      store(at<T>(a.dprojected, row * a.P + j), dp, n);
+    });
+  }
+
+  void cell_tile(int64_t t, int64_t b0, int64_t rows, const PackedShape& shape, int64_t block, bool multiplied) {
+    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1;
+    const int64_t active_before = t_before >= 0 && t_before < a.T ? a.active(t_before) : 0;
+    for_vectors(shape, block, rows, [&](int64_t i, int64_t j, int n, V product) {
+      const int64_t b = b0 + i, row = a.row(t, b) * a.D + d;
+      const bool first = b >= active_before;
+      const int64_t before = first ? 0 : a.row(t_before, b) * a.D + d;
+      V saved[A + 1], dx[G], dr[R + 1];
+      for (int k = 0; k < A; ++k) saved[k] = load(at<T>(a.saved, (row * A + k) * a.H + j), n);
+      V h_before(S(0)), h_after(S(0)), c_before(S(0)), c_after(S(0));
+      if (Cell::kHasC) {
+        c_after = load(at<S>(a.cells, row * a.H + j), n);
+        if (!first)
+          c_before = load(at<S>(a.cells, before * a.H + j), n);
+        else if (a.c0)
+          c_before = load(at<T>(a.c0, (d * a.B + b) * a.H + j), n);
+      } else {
+        h_after = load(at<T>(a.output, row * a.H + j), n);
+        if (!first)
+          h_before = load(at<T>(a.output, before * a.H + j), n);
+        else if (a.h0)
+          h_before = load(at<T>(a.h0, (d * a.B + b) * a.H + j), n);
+      }
+      V dh = multiplied ? product : V(S(0)), dc = load(dc_row(b) + j, n);
+      if (!a.projected) {
+        dh = dh + load(dh_row(b) + j, n);
+        if (a.doutput) dh = dh + load(at<T>(a.doutput, row * a.H + j), n);
+      }
+      if constexpr (Cell::kHasC)
+        if (a.projected) store(at<T>(a.hidden, row * a.H + j), Cell::hidden(saved, c_after), n);
+      Cell::backward(saved, h_before, c_before, h_after, c_after, dh, dc, dx, dr);
+      for (int k = 0; k < G; ++k) {
+        store(at<T>(a.dgates, (row * G + k) * a.H + j), dx[k], n);
+        store(dr_row(1 - now, b) + k * a.H + j, k < G - R ? dx[k] : dr[k - (G - R)], n);
+      }
+      for (int k = 0; k < R; ++k) store(at<T>(a.drecurrent, (row * R + k) * a.H + j), dr[k], n);
+      store(dh_row(b) + j, dh, n);
+      if (Cell::kHasC) store(dc_row(b) + j, dc, n);
+    });
+  }
+};

@@ -1,0 +1,26 @@
+// The CPU pass as csrc/ops.cpp and csrc/python.cpp see it.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../scan.h"
+
+namespace fastrnn {
+
+// The instruction sets of this build that this CPU has, worst to best; and the one in use: the best, or the one named
+// by FASTRNN_CPU_ISA when the library was loaded, or the last one set.
+std::vector<std::string> cpu_isas();
+std::string cpu_isa();
+void set_cpu_isa(const std::string& name);  // throws std::invalid_argument
+
+// Gives scratch memory of so many bytes, aligned to 64, that lives until the pass returns.
+using AllocateScratch = std::function<char*(size_t)>;
+
+// One pass over torch's threads.
+void scan_cpu(const ScanArgs& args, const AllocateScratch& allocate);
+void scan_cpu(const ScanBackwardArgs& args, const AllocateScratch& allocate);
+
+}  // namespace fastrnn

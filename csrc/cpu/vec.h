@@ -1,0 +1,245 @@
+// SIMD value types, from the compiler's vector extensions: Vec<float> and Vec<double> fill one register of the
+// instruction set this file is compiled for, in a namespace of that set (FASTRNN_ISA), so that the same source built
+// three times never shares a function. Beside arithmetic: loads and stores of the four storage types, whole or of the
+// first n lanes; a partial load gives zeros in the other lanes and never touches memory behind the n-th.
+//
+// On an instruction set without fused multiply-add, fma is a product and a sum, each rounded.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../math.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define FASTRNN_INLINE inline __attribute__((always_inline))
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class F>
+struct Raw;
+template <>
+struct Raw<float> {
+  typedef float Type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t UInt __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Raw<double> {
+  typedef double Type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t UInt __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class F>
+struct Vec {
+  using Scalar = F;
+  using Type = typename Raw<F>::Type;
+  using Mask = typename Raw<F>::Int;
+  static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(F));
+
+  Type raw;
+
+  Vec() = default;
+  FASTRNN_INLINE Vec(Type v) : raw(v) {}
+  FASTRNN_INLINE explicit Vec(F s) : raw(Type{} + s) {}
+
+  friend FASTRNN_INLINE Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
+  friend FASTRNN_INLINE Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
+  friend FASTRNN_INLINE Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
+  friend FASTRNN_INLINE Vec operator/(Vec a, Vec b) { return a.raw / b.raw; }
+  friend FASTRNN_INLINE Mask operator<(Vec a, Vec b) { return a.raw < b.raw; }
+  friend FASTRNN_INLINE Mask operator<=(Vec a, Vec b) { return a.raw <= b.raw; }
+  friend FASTRNN_INLINE Mask operator>(Vec a, Vec b) { return a.raw > b.raw; }
+  friend FASTRNN_INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a.raw : b.raw; }
+
+  friend FASTRNN_INLINE Vec pow2_rounded(Vec x, Vec& scale) {
+    using P = Pattern<F>;
+    using UInt = typename Raw<F>::UInt;
+    const Type shifted = x.raw + P::kRound;
+    scale.raw = reinterpret_cast<Type>((reinterpret_cast<UInt>(shifted) << P::kShift) + P::kOne);
+    return shifted - P::kRound;
+  }
+};
+
+template <class F>
+FASTRNN_INLINE Vec<F> fma(Vec<F> a, Vec<F> b, Vec<F> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4)
+    return Vec<F>(_mm512_fmadd_ps(a.raw, b.raw, c.raw));
+  else
+    return Vec<F>(_mm512_fmadd_pd(a.raw, b.raw, c.raw));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(F) == 4)
+    return Vec<F>(_mm256_fmadd_ps(a.raw, b.raw, c.raw));
+  else
+    return Vec<F>(_mm256_fmadd_pd(a.raw, b.raw, c.raw));
+#else
+  return a * b + c;
+#endif
+}
+
+// The type that computes for a storage type.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+// As many elements of T as Vec<Compute<T>> has lanes.
+template <class T>
+struct StorageLanes {
+  typedef T Type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct StorageLanes<BFloat16> {
+  typedef uint16_t Type __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <>
+struct StorageLanes<Half> {
+  typedef uint16_t Type __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <class T>
+using Lanes = typename StorageLanes<T>::Type;
+
+template <class T>
+FASTRNN_INLINE Lanes<T> load_lanes(const T* p, int n) {
+  Lanes<T> v;
+  constexpr int kLanes = Vec<Compute<T>>::kLanes;
+  if (__builtin_expect(n >= kLanes, 1)) {
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8)
+    v = _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+  else if constexpr (sizeof(T) == 4)
+    v = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+  else
+    v = reinterpret_cast<Lanes<T>>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
+#else
+  T part[kLanes] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  __builtin_memcpy(&v, part, sizeof v);
+#endif
+  return v;
+}
+
+template <class T>
+FASTRNN_INLINE void store_lanes(T* p, Lanes<T> v, int n) {
+  constexpr int kLanes = Vec<Compute<T>>::kLanes;
+  if (__builtin_expect(n >= kLanes, 1)) {
+    __builtin_memcpy(p, &v, sizeof v);
+    return;
+  }
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8)
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), v);
+  else if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), v);
+  else
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), reinterpret_cast<__m256i>(v));
+#else
+  T part[kLanes];
+  __builtin_memcpy(part, &v, sizeof v);
+  for (int i = 0; i < n; ++i) p[i] = part[i];
+#endif
+}
+
+// Storage -> compute and back; rounding to nearest even, NaN stays NaN.
+FASTRNN_INLINE Vec<float> widen(Lanes<float> v, float) { return v; }
+FASTRNN_INLINE Vec<double> widen(Lanes<double> v, double) { return v; }
+FASTRNN_INLINE Lanes<float> narrow(Vec<float> v, float) { return v.raw; }
+FASTRNN_INLINE Lanes<double> narrow(Vec<double> v, double) { return v.raw; }
+
+using U16 = Lanes<BFloat16>;
+using U32 = Raw<float>::UInt;
+using F32 = Raw<float>::Type;
+
+FASTRNN_INLINE Vec<float> widen(U16 v, BFloat16) {
+  return reinterpret_cast<F32>(__builtin_convertvector(v, U32) << 16);
+}
+FASTRNN_INLINE U16 narrow(Vec<float> v, BFloat16) {
+  const U32 bits = reinterpret_cast<U32>(v.raw);
+  const U32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const U32 quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector(v.raw == v.raw ? rounded : quiet, U16);
+}
+
+#if defined(__AVX512F__)
+FASTRNN_INLINE Vec<float> widen(U16 v, Half) { 
+  return Vec<float>(_mm512_maskz_cvtph_ps(0xFFFF, reinterpret_cast<__m256i>(v)));
+}
+FASTRNN_INLINE U16 narrow(Vec<float> v, Half) {
+  return reinterpret_cast<U16>(_mm512_maskz_cvtps_ph(0xFFFF, v.raw, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+FASTRNN_INLINE Vec<float> widen(U16 v, Half) { return Vec<float>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(v))); }
+FASTRNN_INLINE U16 narrow(Vec<float> v, Half) {
+  return reinterpret_cast<U16>(_mm256_cvtps_ph(v.raw, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// The pattern shifted into a float's exponent is off by a factor of 2^112, which a product restores, subnormals
+// included; infinity and NaN get the full exponent.
+FASTRNN_INLINE Vec<float> widen(U16 v, Half) {
+  const U32 bits = __builtin_convertvector(v, U32);
+  const U32 magnitude = (bits & 0x7FFF) << 13;
+  const F32 scaled = reinterpret_cast<F32>(magnitude) * 0x1p112f;
+  const U32 special = magnitude | 0x7F800000;
+  const U32 finite = reinterpret_cast<U32>(scaled);
+  const U32 value = (bits & 0x7C00) == 0x7C00 ? special : finite;
+  return reinterpret_cast<F32>(value | ((bits & 0x8000) << 16));
+}
+// Normal results: round the pattern to 10 bits of mantissa. Subnormal results: adding 0.5 lets the float adder round
+// at 2^-24. Overflow gives infinity.
+FASTRNN_INLINE U16 narrow(Vec<float> v, Half) {
+  const U32 bits = reinterpret_cast<U32>(v.raw), sign = bits & 0x80000000, magnitude = bits ^ sign;
+  const U32 normal = (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  const U32 subnormal = reinterpret_cast<U32>(reinterpret_cast<F32>(magnitude) + 0.5f) - 0x3F000000;
+  const U32 infinity = U32{} + 0x7C00, nan = U32{} + 0x7E00;
+  U32 value = magnitude < 0x38800000 ? subnormal : normal;
+  value = magnitude >= 0x477FF000 ? infinity : value;
+  value = magnitude > 0x7F800000 ? nan : value;
+  return __builtin_convertvector(value | (sign >> 16), U16);
+}
+#endif
+
+template <class T>
+FASTRNN_INLINE Vec<Compute<T>> load(const T* p, int n) {
+  return widen(load_lanes(p, n), T());
+}
+// Returns the value as stored.
+template <class T>
+FASTRNN_INLINE Vec<Compute<T>> store(T* p, Vec<Compute<T>> v, int n) {
+  const Lanes<T> narrowed = narrow(v, T());
+  store_lanes(p, narrowed, n);
+  return widen(narrowed, T());
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

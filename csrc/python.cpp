@@ -1,0 +1,46 @@
+// fastrnn._C: what the extension says of itself. Introspection only, no tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/scan_cpu.h"
+
+#define FASTRNN_TEXT_(x) #x
+#define FASTRNN_TEXT(x) FASTRNN_TEXT_(x)
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Introspection of the native extension of fastrnn; importing it registers torch.ops.fastrnn.";
+  m.def("build_info", [] {
+    py::dict info;
+    info["version"] = FASTRNN_TEXT(FASTRNN_VERSION);
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#else
+    info["compiler"] = "gcc " __VERSION__;
+#endif
+    info["torch_target"] = "2.10";
+    info["sanitized"] =
+#if defined(__SANITIZE_ADDRESS__)
+        true;
+#else
+        false;
+#endif
+    return info;
+  });
+  m.def("cells", [] {
+    py::dict cells;
+    for (const fastrnn::CellInfo& cell : fastrnn::kCells) {
+      py::dict entry;
+      entry["gates"] = cell.gates;
+      entry["saved"] = cell.saved;
+      entry["own"] = cell.own;
+      entry["has_c"] = cell.has_c;
+      cells[cell.name] = entry;
+    }
+    return cells;
+  });
+  m.def("cpu_isas", &fastrnn::cpu_isas);
+  m.def("cpu_isa", &fastrnn::cpu_isa);
+  m.def("set_cpu_isa", &fastrnn::set_cpu_isa, py::arg("name"));
+}

@@ -1,0 +1,73 @@
+// The contract of a pass: what `scan` and `scan_backward` compute and where every buffer lies.
+// Kernels see these structs and nothing of torch.
+//
+// Dimension key: T time, B batch, N rows of data (T * B, or the sum of batch_sizes of packed data), H hidden,
+// P size of h (H, or proj_size), G gates, A saved activations, R gates with a recurrent gradient of their own (kOwn),
+// D groups with weights of their own (directions, members of an ensemble).
+//
+// Row (t, b) of the data is row offsets[t] + b. Rows b < active(t) take part in step t; batch sizes never increase,
+// so a row is active from t = 0 until its sequence ends. Arrays are contiguous, row-major, owned by the caller and do
+// not overlap. Types: `Storage` is the dtype of the tensors, `Compute` is float, or double for double.
+#pragma once
+
+#include <cstdint>
+
+#include "cells.h"
+
+namespace fastrnn {
+
+enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
+
+// Order of time of the groups. kBoth: the first half of the groups runs forward, the second half in reverse.
+enum class Direction : int64_t { kForward = 0, kReverse = 1, kBoth = 2 };
+
+struct ScanShape {
+  CellId cell;
+  Dtype dtype;
+  bool projected;
+  int64_t T, B, N, D, H, P;
+  const int64_t* batch_sizes;  // [T], or null: B rows in every step
+  const int64_t* offsets;      // [T + 1] first data row of each step, or null: t * B
+  Direction direction;
+
+  int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  int64_t row(int64_t t, int64_t b) const { return (offsets ? offsets[t] : t * B) + b; }
+  bool reversed(int64_t d) const {
+    return direction == Direction::kReverse || (direction == Direction::kBoth && 2 * d >= D);
+  }
+};
+
+struct ScanArgs : ScanShape {
+  const void* gates;      // Storage [N, D, G, H] input pre-activations
+  const void* weight_hh;  // Storage [D, G, H, P]
+  const void* bias_own;   // Storage [D, R, H] recurrent bias of the last R gates, or null: 0
+  const void* weight_hr;  // Storage [D, P, H], projected only
+  const void* h0;         // Storage [D, B, P], or null: 0
+  const void* c0;         // Storage [D, B, H], or null: 0
+  void* output;           // Storage [N, D, P] h after each step
+  void* h_n;              // Storage [D, B, P] h after each row's last step
+  void* c_n;              // Storage [D, B, H], cells with c only
+  void* cells;            // Compute [N, D, H] c after each step, or null: not kept
+  void* saved;            // Storage [N, D, A, H] activations for backward, or null: not kept
+};
+
+struct ScanBackwardArgs : ScanShape {
+  const void* doutput;    // Storage [N, D, P], or null: 0
+  const void* dh_n;       // Storage [D, B, P], or null: 0
+  const void* dc_n;       // Storage [D, B, H], or null: 0
+  const void* output;     // the next six: as left by the forward pass
+  const void* cells;
+  const void* saved;
+  const void* weight_hh;
+  const void* weight_hr;
+  const void* h0;
+  const void* c0;
+  void* dgates;           // Storage [N, D, G, H]
+  void* drecurrent;       // Storage [N, D, R, H] gradient of the recurrent product of the last R gates
+  void* dprojected;       // Storage [N, D, P] whole gradient of h after each step, projected only
+  void* hidden;           // Storage [N, D, H] o tanh(c) of each step, projected only
+  void* dh0;              // Storage [D, B, P], or null: not wanted
+  void* dc0;              // Storage [D, B, H], or null: not wanted
+};
+
+}  // namespace fastrnn

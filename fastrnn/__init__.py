@@ -1,0 +1,28 @@
+"""fastrnn: torch.nn's recurrent layers on fused kernels. Swap the module, keep everything else."""
+
+from importlib.metadata import version
+
+from . import functional
+from ._ops import get_backend, set_backend, use_backend
+from .cells import GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN
+from .swap import SwapReport, replace, restore
+
+__version__ = version("fastrnn")
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "SwapReport",
+    "__version__",
+    "functional",
+    "get_backend",
+    "replace",
+    "restore",
+    "set_backend",
+    "use_backend",
+]

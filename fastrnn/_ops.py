@@ -1,0 +1,171 @@
+"""Loads the native extension, describes its operators to PyTorch and chooses the backend.
+
+Backends: ``native``, the C++ kernels behind ``torch.ops.fastrnn``; ``reference``, the same functions
+in plain PyTorch; and ``auto``, the default: ``native`` for CPU tensors where the extension is
+installed, ``reference`` elsewhere, which is said once by a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def _load() -> str | None:
+    """Import the extension, which registers the operators. Returns why it is not loaded."""
+    if importlib.util.find_spec("fastrnn._C") is None:
+        return "fastrnn was installed without its native extension (pure-Python install)"
+    try:
+        from . import _C  # noqa: F401
+    except ImportError as error:
+        return f"the native extension does not load: {error}"
+    return None
+
+
+native_error: str | None = _load()
+
+_NAMES = ("auto", "native", "reference")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend, with None where it is available and otherwise the reason why it is not."""
+    return {"native": native_error, "reference": None}
+
+
+def _checked(name: str) -> str:
+    if name not in _NAMES:
+        raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(_NAMES)}")
+    reason = backends().get(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    return name
+
+
+_default = os.environ.get("FASTRNN_BACKEND") or "auto"
+_scoped: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+_warned: set[str] = set()
+
+
+def get_backend() -> str:
+    """The backend asked for here: ``"auto"``, ``"native"`` or ``"reference"``."""
+    return _scoped.get() or _default
+
+
+def set_backend(name: str) -> None:
+    """Ask for a backend from now on, in every thread.
+
+    The environment variable ``FASTRNN_BACKEND`` sets the one to begin with.
+
+    Args:
+        name: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: the backend is not available here; the message gives the reason.
+    """
+    global _default
+    _default = _checked(name)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Ask for a backend inside a ``with`` block, in this thread only.
+
+    The backward pass runs on the backend of its forward pass. Raises as :func:`set_backend` does.
+
+    Example::
+
+        >>> with fastrnn.use_backend("reference"):
+        ...     output, h_n = layer(input)
+    """
+    token = _scoped.set(_checked(name))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+def resolve(tensor: Tensor) -> str:
+    """The backend that runs a scan over ``tensor``: ``"native"`` or ``"reference"``.
+
+    Raises:
+        RuntimeError: the backend asked for cannot run it.
+    """
+    asked = get_backend()
+    if asked == "reference":
+        return asked
+    why_not = native_error
+    if why_not is None and not (tensor.is_cpu or tensor.is_meta):
+        why_not = f"there are no native kernels for device {tensor.device.type!r}"
+    if why_not is None and tensor.dtype not in _DTYPES:
+        why_not = f"there are no native kernels for {tensor.dtype}"
+    if why_not is None:
+        return "native"
+    if asked != "auto":
+        _checked(asked)
+        raise RuntimeError(f"backend {asked!r} cannot run this: {why_not}")
+    if why_not not in _warned:
+        _warned.add(why_not)
+        warnings.warn(
+            f"fastrnn runs its slow reference in plain PyTorch: {why_not}. "
+            "`python -m fastrnn.info` tells more; set_backend('reference') silences this.",
+            stacklevel=2,
+        )
+    return "reference"
+
+
+def _over_time(data: Tensor, width: int) -> list[int]:
+    return [*data.shape[:-1], width]
+
+
+def _scan_fake(
+    cell, gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes, direction, save
+):  # type: ignore[no-untyped-def]
+    """Shapes and dtypes of the results of ``scan``, for tensors without data."""
+    info = reference.CELLS[cell]
+    groups, hidden, size = gates.shape[-2], gates.shape[-1] // info.gates, weight_hh.shape[2]
+    batch = gates.shape[1] if batch_sizes is None else h0.shape[1]
+    compute = torch.float64 if gates.dtype == torch.float64 else torch.float32
+    keeps = save and info.has_c
+    return (
+        gates.new_empty(_over_time(gates, size)),
+        gates.new_empty([groups, batch, size]),
+        gates.new_empty([groups, batch, hidden] if info.has_c else [0]),
+        gates.new_empty(_over_time(gates, hidden) if keeps else [0], dtype=compute),
+        gates.new_empty(_over_time(gates, info.saved * hidden) if save else [0]),
+    )
+
+
+def _scan_backward_fake(
+    cell, doutput, dh_n, dc_n, output, cells, saved, weight_hh, weight_hr, h0, c0, batch_sizes,
+    direction, needs_dh0, needs_dc0,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Shapes and dtypes of the results of ``scan_backward``, for tensors without data."""
+    info = reference.CELLS[cell]
+    groups, hidden, size = output.shape[-2], weight_hh.shape[1] // info.gates, output.shape[-1]
+    batch = output.shape[1] if batch_sizes is None else h0.shape[1]
+    projected = weight_hr is not None
+    return (
+        output.new_empty(_over_time(output, info.gates * hidden)),
+        output.new_empty(_over_time(output, info.own * hidden)),
+        output.new_empty(_over_time(output, size) if projected else [0]),
+        output.new_empty(_over_time(output, hidden) if projected else [0]),
+        output.new_empty([groups, batch, size] if needs_dh0 else [0]),
+        output.new_empty([groups, batch, hidden] if needs_dc0 else [0]),
+    )
+
+
+if native_error is None:
+    torch.library.register_fake("fastrnn::scan", _scan_fake)
+    torch.library.register_fake("fastrnn::scan_backward", _scan_backward_fake)
+_checked(_default)

@@ -1,0 +1,140 @@
+"""``RNNCell``, ``LSTMCell`` and ``GRUCell``: one time step, as torch.nn's cells.
+
+They subclass ``torch.nn.RNNCellBase``, which gives them torch.nn's parameters, initialisation,
+state dict and repr. What is fastrnn's own is ``forward``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNCellBase
+
+from . import functional, swap
+
+Device = torch.device | str | int | None
+
+
+class _Cell(RNNCellBase):
+    """What the three cells share."""
+
+    def to_torch(self) -> nn.Module:
+        """An independent ``torch.nn`` cell with equal parameters."""
+        return swap.to_torch(self)
+
+
+class RNNCell(_Cell):
+    r"""One step of an Elman RNN, a drop-in for ``torch.nn.RNNCell``.
+
+    .. math:: h' = \tanh(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+
+    (or ReLU in place of tanh).
+
+    Shapes (B batch, I input_size, H hidden_size): input [B, I] or [I]; hx [B, H] or [H], zeros by
+    default; result h' [B, H] or [H].
+
+    Args:
+        input_size, hidden_size, bias, nonlinearity, device, dtype: as in ``torch.nn.RNNCell``.
+
+    Raises:
+        ValueError, RuntimeError: in ``forward``, for arguments of wrong shape, dtype or device and
+            for an unknown nonlinearity, as torch.nn raises them.
+
+    Example::
+
+        >>> h = fastrnn.RNNCell(10, 20)(torch.randn(3, 10))
+    """
+
+    __constants__ = ("input_size", "hidden_size", "bias", "nonlinearity")
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next state; see the class for shapes and errors."""
+        return functional.rnn_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
+            nonlinearity=self.nonlinearity,
+        )  # fmt: skip
+
+
+class LSTMCell(_Cell):
+    r"""One step of an LSTM, a drop-in for ``torch.nn.LSTMCell``.
+
+    The formula of :class:`fastrnn.LSTM` for one step.
+
+    Shapes (B batch, I input_size, H hidden_size): input [B, I] or [I]; hx (h, c), each [B, H] or
+    [H], zeros by default; result (h', c') shaped as hx.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as in ``torch.nn.LSTMCell``.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: in ``forward``, for arguments of wrong shape, dtype,
+            device or type, as torch.nn raises them.
+
+    Example::
+
+        >>> h, c = fastrnn.LSTMCell(10, 20)(torch.randn(3, 10))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 4, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The next state; see the class for shapes and errors."""
+        return functional.lstm_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        )
+
+
+class GRUCell(_Cell):
+    r"""One step of a GRU, a drop-in for ``torch.nn.GRUCell``.
+
+    The formula of :class:`fastrnn.GRU` for one step. Shapes, arguments (without ``nonlinearity``)
+    and errors: as :class:`RNNCell`.
+
+    Example::
+
+        >>> h = fastrnn.GRUCell(10, 20)(torch.randn(3, 10))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next state; see the class for shapes and errors."""
+        return functional.gru_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        )
+
+
+__all__: list[Any] = ["GRUCell", "LSTMCell", "RNNCell"]

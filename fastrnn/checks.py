@@ -1,0 +1,252 @@
+"""Checks at the door: what a layer or cell was given, against what it expects.
+
+Types and texts of the errors are torch.nn's. Where torch.nn computes nonsense or reads out of
+bounds (inconsistent PackedSequence, states of the wrong batch), these checks raise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What the arguments of a layer are held against. Dimension key: L layers, D directions."""
+
+    name: str  # RNN, LSTM or GRU, as in torch.nn's messages
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    directions: int
+
+    @property
+    def output_size(self) -> int:
+        return self.proj_size or self.hidden_size
+
+    @property
+    def has_c(self) -> bool:
+        return self.name == "LSTM"
+
+
+def bidirectional(value: object, name: str) -> int:
+    """Number of directions."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{name}: bidirectional should be of type bool, got: {type(value).__name__}"
+        )
+    return 2 if value else 1
+
+
+def layer_dims(spec: LayerSpec, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None) -> None:
+    """Number of dimensions of a tensor input [T, B, I] or [T, I], and of hx beside it."""
+    if input.dim() not in (2, 3):
+        kind = "" if spec.has_c else " tensor"
+        raise ValueError(
+            f"{spec.name}: Expected input to be 2D or 3D, got {input.dim()}D{kind} instead"
+        )
+    if input.layout != torch.strided:
+        raise RuntimeError(f"{spec.name}: input must be a dense tensor, got {input.layout}")
+    if hx is None:
+        return
+    dims = input.dim()
+    batched = "batched 3-D" if dims == 3 else "unbatched 2-D"
+    if spec.has_c:
+        if hx[0].dim() != dims or hx[1].dim() != dims:
+            raise RuntimeError(
+                f"For {batched} input, hx and cx should also be {dims}-D "
+                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+    elif hx.dim() != dims:  # type: ignore[union-attr]
+        raise RuntimeError(
+            f"For {batched} input, hx should also be {dims}-D but got {hx.dim()}-D tensor"  # type: ignore[union-attr]
+        )
+
+
+def layer_input(spec: LayerSpec, input: Tensor, weight: Tensor, packed: bool) -> None:
+    """Dtype, dimensions and feature size of the data, time first or packed."""
+    if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        # torch.nn.LSTM does not check packed input; its product then raises a RuntimeError.
+        error = RuntimeError if packed and spec.has_c else ValueError
+        raise error(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+    dims = 2 if packed else 3
+    if input.dim() != dims:
+        raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+    if input.size(-1) != spec.input_size:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {spec.input_size}, got {input.size(-1)}"
+        )
+    if input.device != weight.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, found input tensor at "
+            f"{input.device} and parameter tensor at {weight.device}"
+        )
+
+
+def layer_state(
+    spec: LayerSpec, hx: Tensor | tuple[Tensor, Tensor], batch: int, input: Tensor
+) -> None:
+    """Number, shapes, dtypes and devices of the initial states: [L * D, B, P] and [L * D, B, H]."""
+    if spec.has_c and len(hx) != 2:
+        raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
+    states = [hx[0], hx[1]] if spec.has_c else [hx]
+    rows = spec.num_layers * spec.directions
+    for i, (state, size) in enumerate(
+        zip(states, (spec.output_size, spec.hidden_size), strict=False)
+    ):
+        expected = (rows, batch, size)
+        which = f"hidden[{i}]" if spec.has_c else "hidden"
+        if not isinstance(state, Tensor):
+            raise TypeError(
+                f"{spec.name}: {which} must be a Tensor, got {type(state).__name__}"
+            )
+        if state.shape != expected:
+            name = which if spec.has_c else "hidden size"
+            size_word = " size" if spec.has_c else ""
+            raise RuntimeError(f"Expected {name}{size_word} {expected}, got {list(state.shape)}")
+        if state.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(
+                f"{spec.name}: {which} must have the dtype of the input, {input.dtype}, "
+                f"got {state.dtype}"
+            )
+        if state.device != input.device:
+            raise RuntimeError(
+                f"{spec.name}: {which} must be on the device of the input, {input.device}, "
+                f"got {state.device}"
+            )
+
+
+def packed_batches(spec: LayerSpec, input: PackedSequence) -> None:
+    """``batch_sizes`` [T] against the rows of the data, and the permutation against the batch."""
+    data, sizes = input.data, input.batch_sizes
+    if not isinstance(sizes, Tensor) or sizes.dim() != 1 or sizes.dtype != torch.int64:
+        raise RuntimeError(f"{spec.name}: batch_sizes must be a 1-D int64 tensor")
+    if not sizes.is_cpu:
+        raise RuntimeError(f"{spec.name}: batch_sizes must be on the CPU, got {sizes.device}")
+    if len(sizes) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if int(sizes[-1]) <= 0 or bool((sizes[1:] > sizes[:-1]).any()):
+        raise RuntimeError(
+            f"{spec.name}: batch_sizes must be positive and must not increase, got {sizes.tolist()}"
+        )
+    if data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+    if int(sizes.sum()) != data.shape[0]:
+        raise RuntimeError(
+            f"{spec.name}: batch_sizes sum to {int(sizes.sum())} rows, "
+            f"but the data has {data.shape[0]}"
+        )
+    batch = int(sizes[0])
+    for name, indices in (
+        ("sorted_indices", input.sorted_indices),
+        ("unsorted_indices", input.unsorted_indices),
+    ):
+        if indices is not None and indices.shape != (batch,):
+            raise RuntimeError(
+                f"{spec.name}: {name} must have shape ({batch},), got {tuple(indices.shape)}"
+            )
+
+
+def layer_weights(
+    spec: LayerSpec, weights: list[Tensor], gates: int, bias: bool
+) -> None:
+    """Number, shapes, dtypes and devices of a layer's weights, in torch.nn's order."""
+    per_direction = 2 + 2 * bias + (spec.proj_size > 0)
+    expected_count = spec.num_layers * spec.directions * per_direction
+    if len(weights) != expected_count:
+        raise ValueError(
+            f"{spec.name}: expected {expected_count} weights ({per_direction} for each of "
+            f"{spec.num_layers} layers and {spec.directions} directions), got {len(weights)}"
+        )
+    rows = gates * spec.hidden_size
+    for index, weight in enumerate(weights):
+        group, part = divmod(index, per_direction)
+        width = spec.input_size if group < spec.directions else spec.directions * spec.output_size
+        shapes = [(rows, width), (rows, spec.output_size), *[(rows,)] * (2 * bias)]
+        expected = [*shapes, (spec.proj_size, spec.hidden_size)][part]
+        if weight.shape != expected:
+            raise RuntimeError(
+                f"{spec.name}: weight {index} must have shape {expected}, got {tuple(weight.shape)}"
+            )
+        if weight.dtype != weights[0].dtype or weight.device != weights[0].device:
+            raise RuntimeError(
+                f"{spec.name}: all weights must have one dtype and device, weight 0 has "
+                f"{weights[0].dtype} on {weights[0].device}, weight {index} {weight.dtype} "
+                f"on {weight.device}"
+            )
+
+
+def cell_dims(name: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None) -> None:
+    """Number of dimensions of a cell's input [B, I] or [I], and of its state."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    if hx is None:
+        return
+    states = hx if name == "LSTMCell" else [hx]
+    for index, state in enumerate(states):
+        which = f"hx[{index}]" if name == "LSTMCell" else "hidden"
+        if state.dim() not in (1, 2):
+            raise ValueError(
+                f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead"
+            )
+
+
+def cell_arguments(
+    name: str, input: Tensor, states: list[Tensor | None], weight_ih: Tensor, weight_hh: Tensor,
+    biases: list[Tensor | None], gates: int,
+) -> None:  # fmt: skip
+    """Shapes, dtypes and devices of a batched cell call: input [B, I], states [B, H]."""
+    if input.shape[1] != weight_ih.shape[1]:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.shape[1]} "
+            f"expected {weight_ih.shape[1]}"
+        )
+    hidden = weight_hh.shape[1]
+    rows = gates * hidden
+    if weight_ih.shape[0] != rows or weight_hh.shape[0] != rows:
+        raise RuntimeError(
+            f"{name}: weight_ih and weight_hh must have {rows} rows, "
+            f"got {weight_ih.shape[0]} and {weight_hh.shape[0]}"
+        )
+    for bias in biases:
+        if bias is not None and bias.shape != (rows,):
+            raise RuntimeError(f"{name}: biases must have shape ({rows},), got {list(bias.shape)}")
+    if (biases[0] is None) != (biases[1] is None):
+        raise RuntimeError(f"{name}: give both biases or none")
+    for i, state in enumerate(states):
+        if state is None:
+            continue
+        if state.dim() != 2:
+            raise RuntimeError(
+                f"{name}: hidden{i} must have as many dimensions as the input, got {state.dim()}-D"
+            )
+        if state.shape[0] != input.shape[0]:
+            raise RuntimeError(
+                f"Input batch size {input.shape[0]} doesn't match "
+                f"hidden{i} batch size {state.shape[0]}"
+            )
+        if state.shape[1] != hidden:
+            raise RuntimeError(
+                f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, expected {hidden}"
+            )
+    for other in (*states, weight_hh, *biases, weight_ih):
+        if other is None:
+            continue
+        if other.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(
+                f"{name}: input, state and weights must have one dtype, "
+                f"got {input.dtype} and {other.dtype}"
+            )
+        if other.device != input.device:
+            raise RuntimeError(
+                f"{name}: input, state and weights must be on one device, "
+                f"got {input.device} and {other.device}"
+            )

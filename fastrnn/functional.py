@@ -1,0 +1,375 @@
+"""Recurrent layers and cells as functions: input projection, layers, directions, packing and
+dropout around ``autograd.scan``.
+
+Dimension key: T time, B batch, N rows of packed data, I input, H hidden, P size of h (H, or
+proj_size), G gates, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import checks, reference
+from .autograd import scan
+from .checks import LayerSpec
+
+_CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
+
+
+def rnn(
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Elman RNN: ``h' = act(W_ih x + b_ih + W_hh h + b_hh)``, act = tanh or relu.
+
+    Args:
+        input: [T, B, I], [B, T, I] with ``batch_first``, unbatched [T, I], or a PackedSequence.
+        weights: for each layer and direction weight_ih [H, I] (D * H columns above layer 0),
+            weight_hh [H, H], and with ``bias`` bias_ih [H] and bias_hh [H]: the parameters of
+            ``torch.nn.RNN`` in their order.
+        hx: initial state [L * D, B, H] ([L * D, H] unbatched), in the user's order for packed
+            input; zeros by default.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        num_layers, bias, batch_first, dropout, bidirectional: as in ``torch.nn.RNN``.
+        training: whether ``dropout`` applies.
+
+    Returns:
+        output [T, B, D * H] (laid out as the input) and h_n [L * D, B, H].
+
+    Raises:
+        ValueError, RuntimeError, TypeError: arguments of wrong shape, dtype, device or type, as
+            torch.nn raises them; also for a PackedSequence that contradicts itself.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    return _checked_layers(
+        "RNN_" + nonlinearity.upper(), input, weights, hx, num_layers, bias, batch_first, dropout,
+        training, bidirectional,
+    )  # fmt: skip
+
+
+def lstm(
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    proj_size: int = 0,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    """LSTM: with ``[i, f, g, o] = W_ih x + b_ih + W_hh h + b_hh``,
+    ``c' = sigmoid(f) c + sigmoid(i) tanh(g)`` and ``h' = sigmoid(o) tanh(c')``, multiplied by
+    ``W_hr`` if ``proj_size > 0``.
+
+    Args:
+        input: [T, B, I], [B, T, I] with ``batch_first``, unbatched [T, I], or a PackedSequence.
+        weights: for each layer and direction weight_ih [4 H, I] (D * P columns above layer 0),
+            weight_hh [4 H, P], with ``bias`` bias_ih [4 H] and bias_hh [4 H], with ``proj_size``
+            weight_hr [P, H]: the parameters of ``torch.nn.LSTM`` in their order.
+        hx: initial states h [L * D, B, P] and c [L * D, B, H]; zeros by default.
+        num_layers, bias, batch_first, dropout, bidirectional, proj_size: as in ``torch.nn.LSTM``.
+        training: whether ``dropout`` applies.
+
+    Returns:
+        output [T, B, D * P] (laid out as the input) and (h_n [L * D, B, P], c_n [L * D, B, H]).
+
+    Raises:
+        as :func:`rnn`.
+    """
+    return _checked_layers(
+        "LSTM", input, weights, hx, num_layers, bias, batch_first, dropout, training,
+        bidirectional, proj_size,
+    )  # fmt: skip
+
+
+def gru(
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: Tensor | None = None,
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """GRU: with ``x = W_ih x + b_ih`` and ``u = W_hh h + b_hh`` cut into r, z, n:
+    ``r = sigmoid(x_r + u_r)``, ``z = sigmoid(x_z + u_z)``, ``n = tanh(x_n + r u_n)``,
+    ``h' = (1 - z) n + z h``.
+
+    Arguments, results and errors as :func:`rnn`, with weights of 3 H rows: the parameters of
+    ``torch.nn.GRU`` in their order.
+    """
+    return _checked_layers(
+        "GRU", input, weights, hx, num_layers, bias, batch_first, dropout, training, bidirectional
+    )
+
+
+def _checked_layers(
+    mode: str, input: Any, weights: Sequence[Tensor], hx: Any, num_layers: int, bias: bool,
+    batch_first: bool, dropout: float, training: bool, bidirectional: bool, proj_size: int = 0,
+) -> Any:  # fmt: skip
+    """``layers`` for weights that do not come from a module, and so are checked first."""
+    weights = list(weights)
+    info = reference.CELLS[_CELL_OF_MODE[mode]]
+    if num_layers < 1 or not 0 <= dropout <= 1 or proj_size < 0:
+        raise ValueError(
+            "expected num_layers > 0, 0 <= dropout <= 1 and proj_size >= 0, "
+            f"got {num_layers}, {dropout} and {proj_size}"
+        )
+    if not weights or any(not isinstance(w, Tensor) for w in weights) or weights[0].dim() != 2:
+        raise ValueError(f"{mode}: weights must be a sequence of tensors, a matrix first")
+    rows, input_size = weights[0].shape
+    spec = LayerSpec(
+        mode.partition("_")[0], input_size, rows // info.gates, proj_size, num_layers,
+        checks.bidirectional(bidirectional, mode),
+    )  # fmt: skip
+    checks.layer_weights(spec, weights, info.gates, bias)
+    return layers(mode, spec, input, weights, hx, bias, batch_first, dropout, training)
+
+
+def layers(
+    mode: str, spec: LayerSpec, input: Any, weights: Sequence[Tensor], hx: Any, bias: bool,
+    batch_first: bool, dropout: float, training: bool,
+) -> Any:  # fmt: skip
+    """Checks the arguments of a call, brings the data into [T, B, I] or packed rows [N, I], runs
+    the layers and brings the results back into the shape of the input."""
+    if isinstance(input, PackedSequence):
+        return _packed(mode, spec, input, weights, hx, bias, dropout, training)
+    checks.layer_dims(spec, input, hx)
+    batched = input.dim() == 3
+    if batched and batch_first:
+        data = input.transpose(0, 1)
+    else:
+        data = input if batched else input.unsqueeze(1)
+    checks.layer_input(spec, data, weights[0], packed=False)
+    if hx is not None:
+        if not batched:
+            hx = tuple(s.unsqueeze(1) for s in hx) if spec.has_c else hx.unsqueeze(1)
+        checks.layer_state(spec, hx, data.shape[1], data)
+    if data.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    output, h_n, c_n = _stack(mode, spec, data, None, weights, hx, bias, dropout, training)
+    if batched and batch_first:
+        output = output.transpose(0, 1)
+    elif not batched:
+        output, h_n, c_n = output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if spec.has_c else c_n
+    return output, (h_n, c_n) if spec.has_c else h_n
+
+
+def _packed(
+    mode: str, spec: LayerSpec, input: PackedSequence, weights: Sequence[Tensor], hx: Any,
+    bias: bool, dropout: float, training: bool,
+) -> Any:  # fmt: skip
+    data, batch_sizes, sorted_indices, unsorted_indices = input
+    checks.packed_batches(spec, input)
+    checks.layer_input(spec, data, weights[0], packed=True)
+    batch = int(batch_sizes[0])
+    rows = spec.num_layers * spec.directions
+    if hx is None:
+        h = data.new_zeros(rows, batch, spec.output_size)
+        hx = (h, data.new_zeros(rows, batch, spec.hidden_size)) if spec.has_c else h
+    else:
+        checks.layer_state(spec, hx, batch, data)
+        if sorted_indices is not None:
+            states = [s.index_select(1, sorted_indices) for s in (hx if spec.has_c else [hx])]
+            hx = tuple(states) if spec.has_c else states[0]
+    output, h_n, c_n = _stack(mode, spec, data, batch_sizes, weights, hx, bias, dropout, training)
+    if unsorted_indices is not None:
+        h_n = h_n.index_select(1, unsorted_indices)
+        c_n = c_n.index_select(1, unsorted_indices) if spec.has_c else c_n
+    packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+    return packed, (h_n, c_n) if spec.has_c else h_n
+
+
+def _stack(
+    mode: str, spec: LayerSpec, data: Tensor, batch_sizes: Tensor | None,
+    weights: Sequence[Tensor], hx: Any, bias: bool, dropout: float, training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """All layers over [T, B, I], or [N, I] with ``batch_sizes``: output, h_n, c_n."""
+    cell = _CELL_OF_MODE[mode]
+    h0, c0 = hx if spec.has_c and hx is not None else (hx, None)
+    state_dtype = None
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(data.device.type):
+        data, weights, h0, c0, state_dtype = _autocast(cell, data, weights, h0, c0)
+    directions = spec.directions
+    per_direction = 2 + 2 * bias + (spec.proj_size > 0)
+    h_n, c_n = [], []
+    for layer in range(spec.num_layers):
+        first = layer * directions
+        groups = [
+            weights[g * per_direction : (g + 1) * per_direction]
+            for g in range(first, first + directions)
+        ]
+        states = [s if s is None else s[first : first + directions] for s in (h0, c0)]
+        data, h, c = _layer(cell, data, batch_sizes, groups, bias, *states, state_dtype)
+        h_n.append(h)
+        c_n.append(c)
+        if dropout and training and layer < spec.num_layers - 1:
+            data = F.dropout(data, dropout, True)
+    if spec.num_layers == 1:
+        return data, h_n[0], c_n[0]
+    return data, torch.cat(h_n), torch.cat(c_n) if spec.has_c else c_n[0]
+
+
+def _layer(
+    cell: str, data: Tensor, batch_sizes: Tensor | None, groups: list[Sequence[Tensor]],
+    bias: bool, h0: Tensor | None, c0: Tensor | None, state_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One layer, all directions: [T, B, I] -> [T, B, D * P], h_n [D, B, P], c_n [D, B, H]."""
+    info = reference.CELLS[cell]
+    own = info.own * (groups[0][1].shape[0] // info.gates)
+    projected = len(groups[0]) > 2 + 2 * bias
+    weight_ih = _joined([g[0] for g in groups])
+    bias_ih = bias_own = None
+    if bias:
+        bias_ih = _joined([_input_bias(g[2], g[3], own) for g in groups])
+        bias_own = _stacked([g[3][-own:] for g in groups]) if own else None
+    lead = data.shape[:-1]
+    gates = F.linear(data.reshape(-1, data.shape[-1]), weight_ih, bias_ih)
+    gates = gates.view(*lead, len(groups), -1)
+    weight_hh = _stacked([g[1] for g in groups])
+    weight_hr = _stacked([g[-1] for g in groups]) if projected else None
+    if state_dtype is not None:
+        gates, weight_hh = gates.to(state_dtype), weight_hh.to(state_dtype)
+        bias_own = bias_own if bias_own is None else bias_own.to(state_dtype)
+    output, h_n, c_n = scan(
+        cell, gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes, len(groups) - 1 and 2
+    )
+    return output.flatten(-2), h_n, c_n
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _input_bias(bias_ih: Tensor, bias_hh: Tensor, own: int) -> Tensor:
+    """b_ih + b_hh, without the last ``own`` entries of b_hh, which stay with the recurrence."""
+    if not own:
+        return bias_ih + bias_hh
+    return torch.cat([bias_ih[:-own] + bias_hh[:-own], bias_ih[-own:]])
+
+
+def _autocast(
+    cell: str, data: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor], Tensor | None, Tensor | None, torch.dtype | None]:
+    """Casts for autocast, with torch.nn's result dtypes: LSTM and RNN run in the autocast dtype,
+    GRU keeps the dtype of its state (of the input, without hx) and casts the input product."""
+    low = torch.get_autocast_dtype(data.device.type)
+    if cell == "gru":
+        return data, weights, h0, c0, data.dtype if h0 is None else h0.dtype
+    h0, c0 = (s if s is None else s.to(low) for s in (h0, c0))
+    return data.to(low), [w.to(low) for w in weights], h0, c0, None
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One step of :func:`rnn`: input [B, I] or [I], hx [B, H] or [H] (None: zeros) -> h'.
+
+    Raises:
+        ValueError, RuntimeError: arguments of wrong shape, dtype or device, as torch.nn raises.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
+    cell = "rnn_" + nonlinearity
+    return _cell("RNNCell", cell, input, hx, weight_ih, weight_hh, bias_ih, bias_hh)[0]
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of :func:`lstm`: input [B, I] or [I], hx (h, c) [B, H] or [H] -> (h', c').
+
+    Raises:
+        ValueError, RuntimeError, TypeError: arguments of wrong shape, dtype, device or type, as
+            torch.nn raises.
+    """
+    return _cell("LSTMCell", "lstm", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of :func:`gru`: input [B, I] or [I], hx [B, H] or [H] (None: zeros) -> h'.
+
+    Raises:
+        ValueError, RuntimeError: arguments of wrong shape, dtype or device, as torch.nn raises.
+    """
+    return _cell("GRUCell", "gru", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)[0]
+
+
+def _cell(
+    name: str, cell: str, input: Tensor, hx: Any, weight_ih: Tensor, weight_hh: Tensor,
+    bias_ih: Tensor | None, bias_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A scan over one step: h' and c'."""
+    lstm_like = name == "LSTMCell"
+    if lstm_like and isinstance(hx, Tensor):
+        raise TypeError("LSTMCell: hx must be a tuple (h, c) of Tensors, not a Tensor")
+    checks.cell_dims(name, input, hx)
+    if lstm_like and hx is not None and len(hx) != 2:
+        raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
+    states: list[Tensor | None] = [None, None] if hx is None else [*hx] if lstm_like else [hx, None]
+    batched = input.dim() == 2
+    if not batched:
+        input = input.unsqueeze(0)
+        states = [s if s is None else s.unsqueeze(0) for s in states]
+    gates = reference.CELLS[cell].gates
+    biases = [bias_ih, bias_hh]
+    checks.cell_arguments(name, input, states, weight_ih, weight_hh, biases, gates)
+    state_dtype = None
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+        state_dtype = input.dtype if states[0] is None else states[0].dtype
+        if name == "RNNCell":
+            state_dtype = torch.get_autocast_dtype(input.device.type)
+    h0, c0 = (
+        s if s is None else (s if state_dtype is None else s.to(state_dtype)).unsqueeze(0)
+        for s in states
+    )
+    weights = [weight_ih, weight_hh, *(b for b in biases if b is not None)]
+    data = input.unsqueeze(0)
+    _, h_n, c_n = _layer(cell, data, None, [weights], bias_ih is not None, h0, c0, state_dtype)
+    h, c = h_n.squeeze(0), c_n.squeeze(0) if lstm_like else c_n
+    return (h, c) if batched else (h.squeeze(0), c.squeeze(0) if lstm_like else c)

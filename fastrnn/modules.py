@@ -1,0 +1,151 @@
+"""``RNN``, ``LSTM`` and ``GRU``: torch.nn's layers on fastrnn's kernels.
+
+They subclass ``torch.nn.RNNBase``, which gives them torch.nn's constructor arguments, parameter
+names, initialisation, state dict, pickling and repr. What is fastrnn's own is ``forward``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from . import checks, functional, swap
+
+
+class _Layer(nn.RNNBase):
+    """What the three layers share."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run the layer over a sequence; see the class for shapes and errors."""
+        self._update_flat_weights()
+        spec = checks.LayerSpec(
+            self.mode.partition("_")[0],
+            self.input_size,
+            self.hidden_size,
+            self.proj_size,
+            self.num_layers,
+            checks.bidirectional(self.bidirectional, self.mode),
+        )
+        return functional.layers(
+            self.mode, spec, input, self._flat_weights, hx, self.bias, self.batch_first,
+            self.dropout, self.training,
+        )  # fmt: skip
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels take the parameters where they are."""
+
+    def to_torch(self) -> nn.Module:
+        """An independent ``torch.nn`` layer with equal parameters; see :func:`fastrnn.restore` for
+        the change in place."""
+        return swap.to_torch(self)
+
+
+class RNN(_Layer):
+    r"""Elman RNN, a drop-in for ``torch.nn.RNN``.
+
+    .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    (or ReLU in place of tanh), for each layer and direction.
+
+    Shapes (T time, B batch, I input_size, H hidden_size, L num_layers, D directions):
+        * input [T, B, I], with ``batch_first`` [B, T, I], unbatched [T, I], or a PackedSequence
+        * hx [L * D, B, H] (unbatched [L * D, H]); zeros by default
+        * output [T, B, D * H], laid out as the input; h_n [L * D, B, H]
+
+    Args:
+        input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout,
+        bidirectional, device, dtype: as in ``torch.nn.RNN``, in its order (``nonlinearity`` is
+        the fourth): ``"tanh"`` or ``"relu"``. float32, float64, bfloat16 and float16.
+
+    Raises:
+        ValueError, TypeError: wrong constructor arguments, as torch.nn raises them.
+        ValueError, RuntimeError, TypeError: in ``forward``, for input or hx of wrong shape, dtype
+            or device, and for a PackedSequence that contradicts itself.
+
+    Example::
+
+        >>> layer = fastrnn.RNN(10, 20, num_layers=2)
+        >>> output, h_n = layer(torch.randn(5, 3, 10))
+
+    Formula: ``torch.nn.RNN``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_proj_size(kwargs)
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__("RNN_" + self.nonlinearity.upper(), *args, **kwargs)
+
+
+class LSTM(_Layer):
+    r"""Long short-term memory, a drop-in for ``torch.nn.LSTM``.
+
+    .. math::
+        i, f, o &= \sigma(W x_t + b_{ih} + U h_{t-1} + b_{hh}) \quad
+        g = \tanh(W_g x_t + b_{ig} + U_g h_{t-1} + b_{hg}) \\
+        c_t &= f \odot c_{t-1} + i \odot g \qquad h_t = o \odot \tanh(c_t)
+
+    for each layer and direction; with ``proj_size`` :math:`h_t = W_{hr} (o \odot \tanh(c_t))`.
+
+    Shapes (T time, B batch, I input_size, H hidden_size, P proj_size or H, L num_layers,
+    D directions):
+        * input [T, B, I], with ``batch_first`` [B, T, I], unbatched [T, I], or a PackedSequence
+        * hx (h [L * D, B, P], c [L * D, B, H]) (unbatched without B); zeros by default
+        * output [T, B, D * P], laid out as the input; (h_n, c_n) shaped as hx
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+        device, dtype: as in ``torch.nn.LSTM``, in its order. float32, float64, bfloat16 and
+        float16; the 16-bit types keep c in float32 inside.
+
+    Raises:
+        as :class:`RNN`.
+
+    Example::
+
+        >>> layer = fastrnn.LSTM(10, 20, bidirectional=True)
+        >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
+
+    Formula: ``torch.nn.LSTM``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class GRU(_Layer):
+    r"""Gated recurrent unit, a drop-in for ``torch.nn.GRU``.
+
+    .. math::
+        r, z &= \sigma(W x_t + b_{ih} + U h_{t-1} + b_{hh}) \\
+        n &= \tanh(W_n x_t + b_{in} + r \odot (U_n h_{t-1} + b_{hn})) \qquad
+        h_t = (1 - z) \odot n + z \odot h_{t-1}
+
+    for each layer and direction.
+
+    Shapes, arguments (without ``nonlinearity``), errors: as :class:`RNN`.
+
+    Example::
+
+        >>> layer = fastrnn.GRU(10, 20, batch_first=True)
+        >>> output, h_n = layer(torch.randn(3, 5, 10))
+
+    Formula: ``torch.nn.GRU``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_proj_size(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+
+
+def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

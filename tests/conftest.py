@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from compare import engines, use_engine
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Every uninitialised tensor starts as NaN (integers as their maximum).
+
+    An element that an operator forgets to write, or reads before it is written, then shows.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(params=engines())
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction set of the native backend, and on the reference."""
+    with use_engine(request.param):
+        yield request.param
