@@ -153,17 +153,19 @@ def code_flags() -> list[str]:
 def compile_flags(torch: Torch, version: str) -> list[str]:
     import pybind11  # only where the native part is built
 
-    includes = [
-        pybind11.get_include(),  # before torch's own copy
-        sysconfig.get_path("include"),
-        str(torch.folder / "include"),
-    ]
+    includes = {  # pybind11 before torch's own copy
+        "pybind11": pybind11.get_include(),
+        "python": sysconfig.get_path("include"),
+        "torch": str(torch.folder / "include"),
+    }
     flags = code_flags()
     return [
         *flags,
         *WARNING_FLAGS,
         "-Icsrc",
-        *(part for folder in includes for part in ("-isystem", folder)),
+        *(part for folder in includes.values() for part in ("-isystem", folder)),
+        # Error messages of headers name their file: without the folders of this machine.
+        *(f"-ffile-prefix-map={folder}={name}" for name, folder in includes.items()),
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f"-DFASTRNN_VERSION={version}",
         f'-DFASTRNN_BUILD_TORCH="{torch.version}"',

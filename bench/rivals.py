@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import fastrnn
 from bench.cases import CELLS, Workload, bind
 from bench.measure import Call
 
@@ -37,8 +38,6 @@ def make_torch_nn(workload: Workload) -> Call:
 
 
 def make_fastrnn(workload: Workload) -> Call:
-    import fastrnn
-
     case, original = workload.case, workload.module
     module = getattr(fastrnn, CELLS[workload.cell])(
         case.I, case.H, num_layers=case.layers, bidirectional=case.bidirectional

@@ -95,20 +95,20 @@ struct GruCell {
   template <class V>
   static FASTRNN_FN void backward(const V* saved, V h_before, V, V, V, V& dh, V&, V* dx, V* dr) {
     const V reset = saved[0], z = saved[1], n = saved[2], r_n = saved[3], one = V(1.0);
-    const V da_n = dh * (one - z) * (one - n * n);   // dn = dh (1 - z), through tanh' = 1 - n^2
-    dx[0] = da_n * r_n * reset * (one - reset);      // dr = da_n r_n, through sigmoid' = r (1 - r)
-    dx[1] = dh * (h_before - n) * z * (one - z);     // dz = dh (h - n), through sigmoid'
+    const V da_n = dh * (one - z) * (one - n * n);  // dn = dh (1 - z), through tanh' = 1 - n^2
+    dx[0] = da_n * r_n * reset * (one - reset);     // dr = da_n r_n, through sigmoid' = r (1 - r)
+    dx[1] = dh * (h_before - n) * z * (one - z);    // dz = dh (h - n), through sigmoid'
     dx[2] = da_n;
-    dr[0] = da_n * reset;                            // r_n enters as r * r_n
+    dr[0] = da_n * reset;  // r_n enters as r * r_n
     dh = dh * z;
   }
 };
 
 // The cell table: name in Python, struct. The order is the numbering of CellId.
-#define FASTRNN_CELLS(X)         \
-  X(rnn_tanh, RnnCell<false>)    \
-  X(rnn_relu, RnnCell<true>)     \
-  X(lstm, LstmCell)              \
+#define FASTRNN_CELLS(X)      \
+  X(rnn_tanh, RnnCell<false>) \
+  X(rnn_relu, RnnCell<true>)  \
+  X(lstm, LstmCell)           \
   X(gru, GruCell)
 
 enum class CellId : int {

@@ -33,8 +33,10 @@ Sizes sizes_of(const Tensor& t) {
 
 void check(const Tensor& t, const char* name, const Sizes& sizes, ScalarType dtype) {
   STD_TORCH_CHECK(t.device().type() == DeviceType::CPU, "fastrnn: ", name, " must be on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "fastrnn: ", name, " must have the dtype of gates (cells: its compute dtype)");
-  STD_TORCH_CHECK(sizes_of(t) == sizes, "fastrnn: ", name, " must have shape ", text(sizes), ", got ", text(sizes_of(t)));
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "fastrnn: ", name,
+                  " must have the dtype of gates (cells: its compute dtype)");
+  STD_TORCH_CHECK(sizes_of(t) == sizes, "fastrnn: ", name, " must have shape ", text(sizes), ", got ",
+                  text(sizes_of(t)));
   STD_TORCH_CHECK(t.is_contiguous(), "fastrnn: ", name, " must be contiguous");
 }
 
@@ -51,11 +53,16 @@ const void* array(const Tensor& t, const char* name, const Sizes& sizes, ScalarT
 
 Dtype dtype_of(const Tensor& gates) {
   switch (gates.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat;
-    case ScalarType::Double: return Dtype::kDouble;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kHalf;
-    default: STD_TORCH_CHECK(false, "fastrnn: gates must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Double:
+      return Dtype::kDouble;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    default:
+      STD_TORCH_CHECK(false, "fastrnn: gates must be float32, float64, bfloat16 or float16");
   }
 }
 
@@ -102,8 +109,8 @@ struct Problem {
     if (batch_sizes)
       take_batch_sizes(*batch_sizes, data.size(0), h0);
     else
-      leading = {data.size(0), data.size(1)}, shape.T = leading[0], shape.B = leading[1],
-      shape.N = shape.T * shape.B, shape.batch_sizes = shape.offsets = nullptr;
+      leading = {data.size(0), data.size(1)}, shape.T = leading[0], shape.B = leading[1], shape.N = shape.T * shape.B,
+      shape.batch_sizes = shape.offsets = nullptr;
   }
   Problem(const Problem&) = delete;
 
@@ -122,7 +129,8 @@ struct Problem {
                       "fastrnn: batch_sizes must be positive and must not increase, got ", n, " at step ", t);
       offsets.push_back(offsets.back() + n);
     }
-    STD_TORCH_CHECK(offsets.back() == rows, "fastrnn: batch_sizes sum to ", offsets.back(), " rows, the data has ", rows);
+    STD_TORCH_CHECK(offsets.back() == rows, "fastrnn: batch_sizes sum to ", offsets.back(), " rows, the data has ",
+                    rows);
     shape.offsets = offsets.data();
   }
 
@@ -149,9 +157,10 @@ void run(const Args& args, const Tensor& like) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan(
-    std::string cell, Tensor gates, Tensor weight_hh, OptionalTensor bias_own, OptionalTensor weight_hr,
-    OptionalTensor h0, OptionalTensor c0, OptionalTensor batch_sizes, int64_t direction, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan(std::string cell, Tensor gates, Tensor weight_hh,
+                                                        OptionalTensor bias_own, OptionalTensor weight_hr,
+                                                        OptionalTensor h0, OptionalTensor c0,
+                                                        OptionalTensor batch_sizes, int64_t direction, bool save) {
   const Problem p(cell, gates, "gates", weight_hh, weight_hr, batch_sizes, h0, direction);
   const ScanShape& s = p.shape;
   const int64_t G = p.cell.gates, A = p.cell.saved, R = p.cell.own;

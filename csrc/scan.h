@@ -52,22 +52,22 @@ struct ScanArgs : ScanShape {
 };
 
 struct ScanBackwardArgs : ScanShape {
-  const void* doutput;    // Storage [N, D, P], or null: 0
-  const void* dh_n;       // Storage [D, B, P], or null: 0
-  const void* dc_n;       // Storage [D, B, H], or null: 0
-  const void* output;     // the next six: as left by the forward pass
+  const void* doutput;  // Storage [N, D, P], or null: 0
+  const void* dh_n;     // Storage [D, B, P], or null: 0
+  const void* dc_n;     // Storage [D, B, H], or null: 0
+  const void* output;   // the next six: as left by the forward pass
   const void* cells;
   const void* saved;
   const void* weight_hh;
   const void* weight_hr;
   const void* h0;
   const void* c0;
-  void* dgates;           // Storage [N, D, G, H]
-  void* drecurrent;       // Storage [N, D, R, H] gradient of the recurrent product of the last R gates
-  void* dprojected;       // Storage [N, D, P] whole gradient of h after each step, projected only
-  void* hidden;           // Storage [N, D, H] o tanh(c) of each step, projected only
-  void* dh0;              // Storage [D, B, P], or null: not wanted
-  void* dc0;              // Storage [D, B, H], or null: not wanted
+  void* dgates;      // Storage [N, D, G, H]
+  void* drecurrent;  // Storage [N, D, R, H] gradient of the recurrent product of the last R gates
+  void* dprojected;  // Storage [N, D, P] whole gradient of h after each step, projected only
+  void* hidden;      // Storage [N, D, H] o tanh(c) of each step, projected only
+  void* dh0;         // Storage [D, B, P], or null: not wanted
+  void* dc0;         // Storage [D, B, H], or null: not wanted
 };
 
 }  // namespace fastrnn

@@ -1,8 +1,8 @@
 """Loads the native extension, describes its operators to PyTorch and chooses the backend.
 
-Backends: ``native``, the C++ kernels behind ``torch.ops.fastrnn``; ``reference``, the same functions
-in plain PyTorch; and ``auto``, the default: ``native`` for CPU tensors where the extension is
-installed, ``reference`` elsewhere, which is said once by a warning.
+Backends: ``native``, the C++ kernels behind ``torch.ops.fastrnn``; ``reference``, the same
+functions in plain PyTorch; and ``auto``, the default: ``native`` for CPU tensors where the
+extension is installed, ``reference`` elsewhere, which is said once by a warning.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import contextvars
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 
@@ -95,8 +96,27 @@ def use_backend(name: str) -> Iterator[None]:
         _scoped.reset(token)
 
 
-def resolve(tensor: Tensor) -> str:
-    """The backend that runs a scan over ``tensor``: ``"native"`` or ``"reference"``.
+def _why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
+    """Why the kernels cannot run a scan over these tensors, the data first; None if they can."""
+    data = tensors[0]
+    assert data is not None
+    if native_error is not None:
+        return native_error
+    if not (data.is_cpu or data.is_meta):
+        return f"there are no native kernels for device {data.device.type!r}"
+    if data.dtype not in _DTYPES:
+        return f"there are no native kernels for {data.dtype}"
+    if torch._C._are_functorch_transforms_active():
+        return "the native kernels have no rules for torch.func transforms"
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        return "the native kernels have no forward-mode derivative"
+    return None
+
+
+def resolve(tensors: Sequence[Tensor | None]) -> str:
+    """The backend that runs a scan over these tensors: ``"native"`` or ``"reference"``.
 
     Raises:
         RuntimeError: the backend asked for cannot run it.
@@ -104,11 +124,7 @@ def resolve(tensor: Tensor) -> str:
     asked = get_backend()
     if asked == "reference":
         return asked
-    why_not = native_error
-    if why_not is None and not (tensor.is_cpu or tensor.is_meta):
-        why_not = f"there are no native kernels for device {tensor.device.type!r}"
-    if why_not is None and tensor.dtype not in _DTYPES:
-        why_not = f"there are no native kernels for {tensor.dtype}"
+    why_not = _why_not_native(tensors)
     if why_not is None:
         return "native"
     if asked != "auto":
@@ -129,12 +145,13 @@ def _over_time(data: Tensor, width: int) -> list[int]:
 
 
 def _scan_fake(
-    cell, gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes, direction, save
-):  # type: ignore[no-untyped-def]
+    cell: str, gates: Tensor, weight_hh: Tensor, bias_own: Tensor | None, weight_hr: Tensor | None,
+    h0: Tensor | None, c0: Tensor | None, batch_sizes: Tensor | None, direction: int, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Shapes and dtypes of the results of ``scan``, for tensors without data."""
     info = reference.CELLS[cell]
     groups, hidden, size = gates.shape[-2], gates.shape[-1] // info.gates, weight_hh.shape[2]
-    batch = gates.shape[1] if batch_sizes is None else h0.shape[1]
+    batch = gates.shape[1] if h0 is None else h0.shape[1]
     compute = torch.float64 if gates.dtype == torch.float64 else torch.float32
     keeps = save and info.has_c
     return (
@@ -147,13 +164,15 @@ def _scan_fake(
 
 
 def _scan_backward_fake(
-    cell, doutput, dh_n, dc_n, output, cells, saved, weight_hh, weight_hr, h0, c0, batch_sizes,
-    direction, needs_dh0, needs_dc0,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    cell: str, doutput: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, output: Tensor,
+    cells: Tensor, saved: Tensor, weight_hh: Tensor, weight_hr: Tensor | None, h0: Tensor | None,
+    c0: Tensor | None, batch_sizes: Tensor | None, direction: int, needs_dh0: bool,
+    needs_dc0: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Shapes and dtypes of the results of ``scan_backward``, for tensors without data."""
     info = reference.CELLS[cell]
     groups, hidden, size = output.shape[-2], weight_hh.shape[1] // info.gates, output.shape[-1]
-    batch = output.shape[1] if batch_sizes is None else h0.shape[1]
+    batch = output.shape[1] if h0 is None else h0.shape[1]
     projected = weight_hr is not None
     return (
         output.new_empty(_over_time(output, info.gates * hidden)),

@@ -32,14 +32,26 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, h_n and c_n of ``reference.scan``, on the backend that the tensors and the user's
     choice give, with derivatives."""
-    arguments = (cell, gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes, direction)
-    if _ops.resolve(gates) == "reference":
-        return reference.scan(*arguments)[:3]
+    tensors = (gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes)
+    if torch.compiler.is_compiling():
+        return _scan_uncompiled(cell, tensors, direction)
+    return _scan(cell, tensors, direction)
+
+
+def _scan(
+    cell: str, tensors: tuple[Tensor | None, ...], direction: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _ops.resolve(tensors) == "reference":
+        return reference.scan(cell, *tensors, direction)[:3]  # type: ignore[arg-type]
     # The kernels read contiguous arrays; these calls return the tensor itself where it is.
-    arguments = (cell, *(t if t is None else t.contiguous() for t in arguments[1:8]), direction)  # type: ignore[assignment,attr-defined]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[1:7]):  # type: ignore[attr-defined]
-        return Scan.apply(*arguments)[:3]
-    return torch.ops.fastrnn.scan(*arguments, False)[:3]
+    ready = [t if t is None else t.contiguous() for t in tensors]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ready):
+        return Scan.apply(cell, *ready, direction)[:3]
+    return torch.ops.fastrnn.scan(cell, *ready, direction, False)[:3]
+
+
+# torch.compile breaks the graph here, as it does at torch.nn's layers.
+_scan_uncompiled = torch._disable_dynamo(_scan)
 
 
 class Scan(Function):
@@ -48,7 +60,7 @@ class Scan(Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        cell, _, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes, direction = arguments
+        cell, _, weight_hh, _, weight_hr, h0, c0, batch_sizes, direction = arguments
         results = torch.ops.fastrnn.scan(*arguments, True)
         output, _, _, cells, saved = results
         ctx.save_for_backward(weight_hh, weight_hr, h0, c0, batch_sizes, output, cells, saved)
@@ -77,9 +89,7 @@ def _gradients(
     _, _, for_w_hh, for_bias, for_w_hr, for_h0, for_c0 = ctx.needs_input_grad[:7]
     results = (output, cells, saved, weight_hh, weight_hr, h0, c0, batch_sizes, ctx.direction)
     if torch.is_grad_enabled() or dcells is not None or dsaved is not None:
-        computed = reference.scan_backward(
-            ctx.cell, doutput, dh_n, dc_n, dcells, dsaved, *results
-        )
+        computed = reference.scan_backward(ctx.cell, doutput, dh_n, dc_n, dcells, dsaved, *results)
     else:
         incoming = (g if g is None else g.contiguous() for g in (doutput, dh_n, dc_n))
         computed = torch.ops.fastrnn.scan_backward(ctx.cell, *incoming, *results, for_h0, for_c0)

@@ -47,7 +47,7 @@ class RNNCell(_Cell):
         >>> h = fastrnn.RNNCell(10, 20)(torch.randn(3, 10))
     """
 
-    __constants__ = ("input_size", "hidden_size", "bias", "nonlinearity")
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
     nonlinearity: str
 
     def __init__(

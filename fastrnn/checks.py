@@ -105,9 +105,7 @@ def layer_state(
         expected = (rows, batch, size)
         which = f"hidden[{i}]" if spec.has_c else "hidden"
         if not isinstance(state, Tensor):
-            raise TypeError(
-                f"{spec.name}: {which} must be a Tensor, got {type(state).__name__}"
-            )
+            raise TypeError(f"{spec.name}: {which} must be a Tensor, got {type(state).__name__}")
         if state.shape != expected:
             name = which if spec.has_c else "hidden size"
             size_word = " size" if spec.has_c else ""
@@ -155,9 +153,7 @@ def packed_batches(spec: LayerSpec, input: PackedSequence) -> None:
             )
 
 
-def layer_weights(
-    spec: LayerSpec, weights: list[Tensor], gates: int, bias: bool
-) -> None:
+def layer_weights(spec: LayerSpec, weights: list[Tensor], gates: int, bias: bool) -> None:
     """Number, shapes, dtypes and devices of a layer's weights, in torch.nn's order."""
     per_direction = 2 + 2 * bias + (spec.proj_size > 0)
     expected_count = spec.num_layers * spec.directions * per_direction
@@ -194,9 +190,7 @@ def cell_dims(name: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | Non
     for index, state in enumerate(states):
         which = f"hx[{index}]" if name == "LSTMCell" else "hidden"
         if state.dim() not in (1, 2):
-            raise ValueError(
-                f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead"
-            )
+            raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
 
 
 def cell_arguments(
@@ -206,8 +200,7 @@ def cell_arguments(
     """Shapes, dtypes and devices of a batched cell call: input [B, I], states [B, H]."""
     if input.shape[1] != weight_ih.shape[1]:
         raise RuntimeError(
-            f"input has inconsistent input_size: got {input.shape[1]} "
-            f"expected {weight_ih.shape[1]}"
+            f"input has inconsistent input_size: got {input.shape[1]} expected {weight_ih.shape[1]}"
         )
     hidden = weight_hh.shape[1]
     rows = gates * hidden

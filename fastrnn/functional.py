@@ -221,8 +221,8 @@ def _stack(
             weights[g * per_direction : (g + 1) * per_direction]
             for g in range(first, first + directions)
         ]
-        states = [s if s is None else s[first : first + directions] for s in (h0, c0)]
-        data, h, c = _layer(cell, data, batch_sizes, groups, bias, *states, state_dtype)
+        h, c = (s if s is None else s[first : first + directions] for s in (h0, c0))
+        data, h, c = _layer(cell, data, batch_sizes, groups, bias, h, c, state_dtype)
         h_n.append(h)
         c_n.append(c)
         if dropout and training and layer < spec.num_layers - 1:
@@ -247,7 +247,7 @@ def _layer(
         bias_own = _stacked([g[3][-own:] for g in groups]) if own else None
     lead = data.shape[:-1]
     gates = F.linear(data.reshape(-1, data.shape[-1]), weight_ih, bias_ih)
-    gates = gates.view(*lead, len(groups), -1)
+    gates = gates.view(*lead, len(groups), groups[0][1].shape[0])
     weight_hh = _stacked([g[1] for g in groups])
     weight_hr = _stacked([g[-1] for g in groups]) if projected else None
     if state_dtype is not None:

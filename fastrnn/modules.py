@@ -6,9 +6,9 @@ names, initialisation, state dict, pickling and repr. What is fastrnn's own is `
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import checks, functional, swap
 
@@ -27,9 +27,10 @@ class _Layer(nn.RNNBase):
             self.num_layers,
             checks.bidirectional(self.bidirectional, self.mode),
         )
+        weights = cast(list[Tensor], self._flat_weights)
         return functional.layers(
-            self.mode, spec, input, self._flat_weights, hx, self.bias, self.batch_first,
-            self.dropout, self.training,
+            self.mode, spec, input, weights, hx, self.bias, self.batch_first, self.dropout,
+            self.training,
         )  # fmt: skip
 
     def flatten_parameters(self) -> None:

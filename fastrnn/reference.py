@@ -1,5 +1,5 @@
-"""``scan`` and ``scan_backward`` in plain PyTorch: the oracle, the documentation of the formulas, the
-backend that needs no compiler, and (being differentiable) the derivative of the backward pass.
+"""``scan`` and ``scan_backward`` in plain PyTorch: the oracle, the documentation of the formulas,
+the backend that needs no compiler, and (being differentiable) the derivative of the backward pass.
 
 Dimension key: T time, B batch, N rows of data (T * B, or the sum of ``batch_sizes``), H hidden,
 P size of h (H, or proj_size), G gates, A saved activations, R gates with a recurrent gradient of
@@ -250,7 +250,7 @@ def _width(t: Tensor | None, width: int, like: Tensor) -> Tensor:
     """[N, D, width] of a gradient over time, zeros where it is None."""
     if t is None:
         return like.new_zeros(1, 1, 1).expand(like.shape[0], like.shape[1], width)
-    return t.reshape(-1, like.shape[1], width).to(like.dtype)
+    return t.reshape(like.shape[0], like.shape[1], width).to(like.dtype)
 
 
 def scan_backward(
@@ -333,7 +333,9 @@ def scan_backward(
     dgates, drecurrent, dprojected, m_all, dh0, dc0 = zip(*per_group, strict=True)
 
     def over_time(tensors: tuple[Tensor, ...], wanted: bool = True) -> Tensor:
-        return torch.stack(tensors, 1).reshape(*lead, groups, -1).to(dtype) if wanted else empty
+        if not wanted:
+            return empty
+        return torch.stack(tensors, 1).reshape(*lead, groups, tensors[0].shape[-1]).to(dtype)
 
     projected = weight_hr is not None
     return (

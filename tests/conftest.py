@@ -18,6 +18,15 @@ def _fixed_seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tests' problems are too small for threads; test_determinism.py compares thread counts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Every uninitialised tensor starts as NaN (integers as their maximum).
 

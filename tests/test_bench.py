@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ TINY = cases.Case("tiny", "fast enough for a test", T=3, B=2, H=8, input_size=5)
 TINY_PACKED = cases.Case("tiny-packed", "packed", T=4, B=2, H=8, lengths=(4, 2))
 
 
-@pytest.fixture
-def few_threads() -> Any:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small matrices on two threads of a busy machine take longer than on one."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -112,7 +115,6 @@ def test_percentiles_are_ranks() -> None:
     assert (timing.p20, timing.median, timing.p80, timing.rounds) == (2, 3.5, 5, 6)
 
 
-@pytest.mark.usefixtures("few_threads")
 def test_command_writes_complete_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +137,7 @@ def test_command_writes_complete_rows(
     assert "nobody: absent (fastrnn_no_such_module is not installed)" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("wrong_fastrnn", "few_threads")
+@pytest.mark.usefixtures("wrong_fastrnn")
 def test_wrong_numbers_are_red_and_untimed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,8 +155,8 @@ def test_nan_and_missing_results_are_red() -> None:
     output, h_n = good()
     calls = {"torch.nn": good, "fastrnn": lambda: (output * torch.nan, h_n)}
     assert not run.check(workload, calls)["fastrnn"]["ok"]
-    with pytest.raises(ValueError, match="zip"):
-        run.check(workload, {"torch.nn": good, "fastrnn": lambda: (output,)})
+    calls["fastrnn"] = lambda: (output,)
+    assert not run.check(workload, calls)["fastrnn"]["ok"]
 
 
 def test_unknown_case_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,7 @@ class Venv:
         pip = ["--without-pip"] if visible else []
         succeed(sys.executable, "-m", "venv", *pip, folder, cwd=folder.parent)
         self.folder = folder
+        self.visible = visible
         self.python = folder / "bin" / "python"
         scheme = {"base": str(folder), "platbase": str(folder)}
         self.purelib = Path(sysconfig.get_path("purelib", "venv", vars=scheme))
@@ -155,7 +156,8 @@ def test_native_install(arguments, source, venv):
     (library,) = home.glob("_C*.so")
     content = library.read_bytes()
     assert b"libtorch_cpu.so\0" in content
-    for place in (source, TORCH.parent, venv.folder):  # nothing of this machine is baked in
+    # Nothing of this machine is baked in.
+    for place in (source, venv.visible, TORCH.parent, venv.folder):
         assert str(place).encode() not in content
 
 

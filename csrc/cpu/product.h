@@ -125,14 +125,25 @@ FASTRNN_INLINE void product(const S* panel, int64_t stride, int64_t rows, const 
   const int64_t columns = s.vectors_in(block) * s.gates;
   ProductTile<S> tile;
   switch (rows) {
-    case 1: tile = product_of_columns<S, 1>(columns); break;
-    case 2: tile = product_of_columns<S, 2>(columns); break;
+    case 1:
+      tile = product_of_columns<S, 1>(columns);
+      break;
+    case 2:
+      tile = product_of_columns<S, 2>(columns);
+      break;
 #if defined(__AVX512F__)
-    case 3: tile = product_of_columns<S, 3>(columns); break;
-    case 4: tile = product_of_columns<S, 4>(columns); break;
-    case 5: tile = product_of_columns<S, 5>(columns); break;
+    case 3:
+      tile = product_of_columns<S, 3>(columns);
+      break;
+    case 4:
+      tile = product_of_columns<S, 4>(columns);
+      break;
+    case 5:
+      tile = product_of_columns<S, 5>(columns);
+      break;
 #endif
-    default: tile = product_of_columns<S, kMaxRows>(columns);
+    default:
+      tile = product_of_columns<S, kMaxRows>(columns);
   }
   tile(panel, stride, packed + s.offset(block), s.K, acc);
 }

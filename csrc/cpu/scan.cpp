@@ -110,9 +110,7 @@ std::string cpu_isa() { return active().load()->isa; }
 
 void set_cpu_isa(const std::string& name) { active() = find(name); }
 
-void scan_cpu(const ScanArgs& args, const AllocateScratch& allocate) {
-  run(active().load()->forward, args, allocate);
-}
+void scan_cpu(const ScanArgs& args, const AllocateScratch& allocate) { run(active().load()->forward, args, allocate); }
 void scan_cpu(const ScanBackwardArgs& args, const AllocateScratch& allocate) {
   run(active().load()->backward, args, allocate);
 }

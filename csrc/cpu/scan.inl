@@ -46,8 +46,8 @@ struct ForwardScratch {
   S *h[2], *c, *m;           // panels [D, B, stride]: h before and after a step, c, o tanh(c) before its projection
   size_t bytes;
 
-  ForwardScratch(const ScanShape& a, int gates, char* base) : hh{a.H, gates, a.P, Vec<S>::kLanes},
-                                                              hr{a.P, 1, a.H, Vec<S>::kLanes} {
+  ForwardScratch(const ScanShape& a, int gates, char* base)
+      : hh{a.H, gates, a.P, Vec<S>::kLanes}, hr{a.P, 1, a.H, Vec<S>::kLanes} {
     Arena arena(base);
     h_stride = panel_stride<S>(a.P), c_stride = panel_stride<S>(a.H);
     packed_hh = arena.take<S>(a.D * hh.size());
@@ -67,8 +67,8 @@ struct BackwardScratch {
   S *dr[2], *dh, *dc, *dp;  // panels: gradient of the recurrent pre-activations after and before a step, of h and c,
   size_t bytes;             // and of the projected h
 
-  BackwardScratch(const ScanShape& a, int gates, char* base) : hh{a.P, 1, gates * a.H, Vec<S>::kLanes},
-                                                               hr{a.H, 1, a.P, Vec<S>::kLanes} {
+  BackwardScratch(const ScanShape& a, int gates, char* base)
+      : hh{a.P, 1, gates * a.H, Vec<S>::kLanes}, hr{a.H, 1, a.P, Vec<S>::kLanes} {
     Arena arena(base);
     dr_stride = panel_stride<S>(gates * a.H), dh_stride = panel_stride<S>(a.H), dp_stride = panel_stride<S>(a.P);
     packed_hh = arena.take<S>(a.D * hh.size());
@@ -177,8 +177,7 @@ struct Forward {
       const int64_t j = (s.hh.first_vector(block) + u) * kLanes;
       const int n = a.H - j < kLanes ? static_cast<int>(a.H - j) : kLanes;
       V bias[R + 1];
-      for (int k = 0; k < R; ++k)
-        bias[k] = a.bias_own ? load(at<T>(a.bias_own, (d * R + k) * a.H + j), n) : V(S(0));
+      for (int k = 0; k < R; ++k) bias[k] = a.bias_own ? load(at<T>(a.bias_own, (d * R + k) * a.H + j), n) : V(S(0));
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t b = b0 + i, row = a.row(t, b) * a.D + d;
         V x[G], r[G], saved[A + 1];
@@ -223,10 +222,14 @@ struct Forward {
 template <template <class, class> class Pass, class Cell, class F>
 auto with_dtype(const ScanShape& a, F f) {
   switch (a.dtype) {
-    case Dtype::kFloat: return f(static_cast<Pass<Cell, float>*>(nullptr));
-    case Dtype::kDouble: return f(static_cast<Pass<Cell, double>*>(nullptr));
-    case Dtype::kBFloat16: return f(static_cast<Pass<Cell, BFloat16>*>(nullptr));
-    default: return f(static_cast<Pass<Cell, Half>*>(nullptr));
+    case Dtype::kFloat:
+      return f(static_cast<Pass<Cell, float>*>(nullptr));
+    case Dtype::kDouble:
+      return f(static_cast<Pass<Cell, double>*>(nullptr));
+    case Dtype::kBFloat16:
+      return f(static_cast<Pass<Cell, BFloat16>*>(nullptr));
+    default:
+      return f(static_cast<Pass<Cell, Half>*>(nullptr));
   }
 }
 
@@ -234,7 +237,8 @@ template <template <class, class> class Pass, class F>
 auto with_cell(const ScanShape& a, F f) {
   switch (a.cell) {
 #define FASTRNN_CASE(name, Cell) \
-  case CellId::name: return with_dtype<Pass, Cell>(a, f);
+  case CellId::name:             \
+    return with_dtype<Pass, Cell>(a, f);
     FASTRNN_CELLS(FASTRNN_CASE)
 #undef FASTRNN_CASE
   }

@@ -192,7 +192,7 @@ FASTRNN_INLINE U16 narrow(Vec<float> v, BFloat16) {
 }
 
 #if defined(__AVX512F__)
-FASTRNN_INLINE Vec<float> widen(U16 v, Half) { 
+FASTRNN_INLINE Vec<float> widen(U16 v, Half) {
   return Vec<float>(_mm512_maskz_cvtph_ps(0xFFFF, reinterpret_cast<__m256i>(v)));
 }
 FASTRNN_INLINE U16 narrow(Vec<float> v, Half) {
