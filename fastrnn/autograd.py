@@ -39,10 +39,10 @@ def scan(
 
 
 def _scan(
-    cell: str, tensors: tuple[Tensor | None, ...], direction: int
+    cell: str, tensors: tuple[Any, ...], direction: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _ops.resolve(tensors) == "reference":
-        return reference.scan(cell, *tensors, direction)[:3]  # type: ignore[arg-type]
+        return reference.scan(cell, *tensors, direction)[:3]
     # The kernels read contiguous arrays; these calls return the tensor itself where it is.
     ready = [t if t is None else t.contiguous() for t in tensors]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ready):

@@ -1,5 +1,5 @@
-"""The operators `fastrnn::scan` and `fastrnn::scan_backward` against the reference, which is plain
-PyTorch with PyTorch's own derivatives; for every cell, direction, layout, dtype and instruction set.
+"""The operators `fastrnn::scan` and `fastrnn::scan_backward` against the reference: plain PyTorch
+with its own derivatives; for every cell, direction, layout, dtype and instruction set.
 """
 
 from __future__ import annotations
