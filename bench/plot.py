@@ -131,8 +131,8 @@ def draw(rows: list[Row], path: str | Path) -> None:
         for mode, panel in zip(modes, line, strict=True):
             panel.set_title(f"{mode}, {name_of(setting)}", fontsize=10)
             panel.set_xscale("log")
-            panel.set_xlim(low / 1.25, high * 1.7)
-            panel.axvspan(low / 1.25, 1, color="#c0392b", alpha=0.08, linewidth=0)
+            panel.set_xlim(low / 1.6, high * 1.7)
+            panel.axvspan(low / 1.6, 1, color="#c0392b", alpha=0.08, linewidth=0)
             panel.axvline(1, color="#333333", linewidth=1)
             for row in rows:
                 if (row["dtype"], row["threads"], row["mode"]) == (*setting, mode):
@@ -168,7 +168,7 @@ def mark(panel: Any, row: Row, position: int) -> None:
     spread = [row["speedup_p20"], row["speedup_p80"]]
     panel.plot(spread, [y, y], color=COLOURS[cell], linewidth=1, solid_capstyle="butt")
     lost = round(ratio, 2) < 1  # as printed
-    panel.annotate(f"{ratio:.2f}", (min(spread) if lost else max(spread), y),
+    panel.annotate(f"{ratio:.2f}", (min(ratio, *spread) if lost else max(ratio, *spread), y),
                    xytext=(-5 if lost else 5, 0), textcoords="offset points", fontsize=6,
                    va="center", ha="right" if lost else "left",
                    color="#c0392b" if lost else "#333333")  # fmt: skip

@@ -12,7 +12,10 @@ digits are then multiplied by 4: with 8 rows and 230 updates an input of unit va
 slowly.  The factor was chosen among 1, 2, 3 and 4 on images held out from the training set.
 
 Exits with 1 if the training losses of the two differ by more than 1e-4 in any epoch, with 2 if the
-data or the arguments are unusable.
+data or the arguments are unusable.  Long training can break the 1e-4 without a fault, because it
+amplifies rounding: on 60000 generated images of 28 x 28 (not MNIST itself), torch.nn with a single
+weight changed in its last bit was 2.9e-3 away from torch.nn in the first epoch, fastrnn 1.4e-3,
+while the gradients of both at equal weights agreed to rounding throughout.
 """
 
 from __future__ import annotations
@@ -273,8 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report(torch_nn, fast))
     if options.plot:
         plot(torch_nn, fast, title, options.plot)
-    # Written so that a NaN fails too.
-    return 0 if largest_difference(fast, torch_nn) <= MAX_LOSS_DIFFERENCE else 1
+    if largest_difference(fast, torch_nn) <= MAX_LOSS_DIFFERENCE:  # False for a NaN
+        return 0
+    print(f"the losses differ by more than {MAX_LOSS_DIFFERENCE:.0e}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ def _load() -> str | None:
     if importlib.util.find_spec("fastrnn._C") is None:
         return "fastrnn was installed without its native extension (pure-Python install)"
     try:
-        from . import _C  # noqa: F401
+        from . import _C
     except ImportError as error:
         return f"the native extension does not load: {error}"
+    _C.cpu_isa()  # raises ValueError for a FASTRNN_CPU_ISA that this build or CPU does not have
     return None
 
 

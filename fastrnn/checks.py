@@ -6,6 +6,7 @@ bounds (inconsistent PackedSequence, states of the wrong batch), these checks ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ def bidirectional(value: object, name: str) -> int:
 def layer_dims(spec: LayerSpec, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None) -> None:
     """Number of dimensions of a tensor input [T, B, I] or [T, I], and of hx beside it."""
     if input.dim() not in (2, 3):
-        kind = "" if spec.has_c else " tensor"
+        kind = " tensor" if spec.name == "RNN" else ""
         raise ValueError(
             f"{spec.name}: Expected input to be 2D or 3D, got {input.dim()}D{kind} instead"
         )
@@ -67,8 +68,10 @@ def layer_dims(spec: LayerSpec, input: Tensor, hx: Tensor | tuple[Tensor, Tensor
         )
 
 
-def layer_input(spec: LayerSpec, input: Tensor, weight: Tensor, packed: bool) -> None:
-    """Dtype, dimensions and feature size of the data, time first or packed."""
+def layer_input(spec: LayerSpec, input: Tensor, weights: Sequence[Tensor], packed: bool) -> None:
+    """Dtype, dimensions and feature size of the data, time first or packed; and whether all
+    weights go with it."""
+    weight = weights[0]
     if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
         # torch.nn.LSTM does not check packed input; its product then raises a RuntimeError.
         error = RuntimeError if packed and spec.has_c else ValueError
@@ -89,12 +92,22 @@ def layer_input(spec: LayerSpec, input: Tensor, weight: Tensor, packed: bool) ->
             "Input and parameter tensors are not at the same device, found input tensor at "
             f"{input.device} and parameter tensor at {weight.device}"
         )
+    for other in weights:
+        if not isinstance(other, Tensor):
+            raise TypeError(f"{spec.name}: weights must be Tensors, got {type(other).__name__}")
+        if other.device != weight.device or other.dtype != weight.dtype:
+            raise RuntimeError(
+                f"{spec.name}: all weights must have one dtype and device, got {weight.dtype} on "
+                f"{weight.device} and {other.dtype} on {other.device}"
+            )
 
 
 def layer_state(
     spec: LayerSpec, hx: Tensor | tuple[Tensor, Tensor], batch: int, input: Tensor
 ) -> None:
     """Number, shapes, dtypes and devices of the initial states: [L * D, B, P] and [L * D, B, H]."""
+    if spec.has_c and isinstance(hx, Tensor):
+        raise TypeError("LSTM: hx must be a tuple (h, c) of Tensors, not a Tensor")
     if spec.has_c and len(hx) != 2:
         raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
     states = [hx[0], hx[1]] if spec.has_c else [hx]
@@ -154,7 +167,7 @@ def packed_batches(spec: LayerSpec, input: PackedSequence) -> None:
 
 
 def layer_weights(spec: LayerSpec, weights: list[Tensor], gates: int, bias: bool) -> None:
-    """Number, shapes, dtypes and devices of a layer's weights, in torch.nn's order."""
+    """Number and shapes of a layer's weights, in torch.nn's order."""
     per_direction = 2 + 2 * bias + (spec.proj_size > 0)
     expected_count = spec.num_layers * spec.directions * per_direction
     if len(weights) != expected_count:
@@ -171,12 +184,6 @@ def layer_weights(spec: LayerSpec, weights: list[Tensor], gates: int, bias: bool
         if weight.shape != expected:
             raise RuntimeError(
                 f"{spec.name}: weight {index} must have shape {expected}, got {tuple(weight.shape)}"
-            )
-        if weight.dtype != weights[0].dtype or weight.device != weights[0].device:
-            raise RuntimeError(
-                f"{spec.name}: all weights must have one dtype and device, weight 0 has "
-                f"{weights[0].dtype} on {weights[0].device}, weight {index} {weight.dtype} "
-                f"on {weight.device}"
             )
 
 
@@ -198,6 +205,11 @@ def cell_arguments(
     biases: list[Tensor | None], gates: int,
 ) -> None:  # fmt: skip
     """Shapes, dtypes and devices of a batched cell call: input [B, I], states [B, H]."""
+    for weight in (weight_ih, weight_hh):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name}: weights must be Tensors, got {type(weight).__name__}")
+        if weight.dim() != 2:
+            raise RuntimeError(f"{name}: weights must be matrices, got {weight.dim()}-D")
     if input.shape[1] != weight_ih.shape[1]:
         raise RuntimeError(
             f"input has inconsistent input_size: got {input.shape[1]} expected {weight_ih.shape[1]}"

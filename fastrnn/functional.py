@@ -162,7 +162,7 @@ def layers(
         data = input.transpose(0, 1)
     else:
         data = input if batched else input.unsqueeze(1)
-    checks.layer_input(spec, data, weights[0], packed=False)
+    checks.layer_input(spec, data, weights, packed=False)
     if hx is not None:
         if not batched:
             hx = tuple(s.unsqueeze(1) for s in hx) if spec.has_c else hx.unsqueeze(1)
@@ -183,7 +183,7 @@ def _packed(
 ) -> Any:  # fmt: skip
     data, batch_sizes, sorted_indices, unsorted_indices = input
     checks.packed_batches(spec, input)
-    checks.layer_input(spec, data, weights[0], packed=True)
+    checks.layer_input(spec, data, weights, packed=True)
     batch = int(batch_sizes[0])
     rows = spec.num_layers * spec.directions
     if hx is None:
@@ -227,6 +227,8 @@ def _stack(
         c_n.append(c)
         if dropout and training and layer < spec.num_layers - 1:
             data = F.dropout(data, dropout, True)
+    if data.requires_grad:
+        data = data.clone()  # backward needs the scan's own; this one the caller may change
     if spec.num_layers == 1:
         return data, h_n[0], c_n[0]
     return data, torch.cat(h_n), torch.cat(c_n) if spec.has_c else c_n[0]

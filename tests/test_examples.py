@@ -124,7 +124,9 @@ def test_command_line_trains_both_and_draws(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_that_differ_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_differ_fail(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Drifting(torch.nn.LSTM):
         def forward(self, *arguments: object) -> tuple[torch.Tensor, object]:
             output, state = super().forward(*arguments)
@@ -134,6 +136,7 @@ def test_runs_that_differ_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     substitute = SimpleNamespace(LSTM=Drifting, get_backend=lambda: "test")
     monkeypatch.setattr(digits, "fastrnn", substitute)
     assert digits.main(words) == 1
+    assert "the losses differ by more than 1e-04" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_a_number_fails() -> None:
