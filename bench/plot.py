@@ -26,7 +26,7 @@ MARKERS = {"lstm": "o", "gru": "s", "rnn": "^"}
 REQUIRED = (
     *("case", "shape", "cell", "mode", "dtype", "threads"),
     *("results", "speedup", "speedup_p20", "speedup_p80"),
-    *("device", "versions", "kernels", "commit", "date"),
+    *("device", "versions", "kernels", "commit", "date", "load", "cores"),
 )
 
 
@@ -54,7 +54,8 @@ def source(rows: list[Row]) -> str:
     """Say in one line what the rows were measured on."""
     distinct = dict.fromkeys(
         f"{row['device']}, torch {row['versions']['torch']}, fastrnn {row['versions']['fastrnn']} "
-        f"({row['kernels']}), commit {row['commit'] or 'unknown'}, {row['date'][:10]}"
+        f"({row['kernels']}), commit {row['commit'] or 'unknown'}, {row['date'][:10]}, "
+        f"load before {row['load']:.1f} on {row['cores']} cores"
         for row in rows
     )
     return "; ".join(distinct)
@@ -127,12 +128,14 @@ def draw(rows: list[Row], path: str | Path) -> None:
     keys = ("speedup", "speedup_p20", "speedup_p80")
     ratios = [row[key] for row in rows if row["speedup"] is not None for key in keys]
     low, high = min([0.8, *ratios]), max([1.25, *ratios])
+    margin = 1.1 * (high / low) ** 0.15  # for the numbers
+    steps = (1, 2, 5) if high / low < 100 else (1,)
     for setting, line in zip(groups, panels, strict=True):
         for mode, panel in zip(modes, line, strict=True):
             panel.set_title(f"{mode}, {name_of(setting)}", fontsize=10)
             panel.set_xscale("log")
-            panel.set_xlim(low / 1.6, high * 1.7)
-            panel.axvspan(low / 1.6, 1, color="#c0392b", alpha=0.08, linewidth=0)
+            panel.set_xlim(low / margin, high * margin)
+            panel.axvspan(low / margin, 1, color="#c0392b", alpha=0.08, linewidth=0)
             panel.axvline(1, color="#333333", linewidth=1)
             for row in rows:
                 if (row["dtype"], row["threads"], row["mode"]) == (*setting, mode):
@@ -142,7 +145,7 @@ def draw(rows: list[Row], path: str | Path) -> None:
             panel.set_yticks([i + 0.5 for i in range(len(cases) - 1)], minor=True)
             panel.tick_params(axis="y", which="both", length=0)
             panel.grid(axis="y", which="minor", color="#dddddd", linewidth=0.6)
-            panel.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            panel.xaxis.set_major_locator(LogLocator(base=10, subs=steps))
             panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.spines[["top", "right", "left"]].set_visible(False)

@@ -152,6 +152,7 @@ def environment() -> Row:
     return {
         "device": cpu_model(),
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],  # of the last minute, before the first row
         "kernels": kernels(),
         "versions": versions,
         "commit": commit(),
@@ -261,6 +262,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{rival.name}: absent ({reason})")
     shared = environment()
     print(f"{shared['device']}, fastrnn {shared['versions']['fastrnn']}: {shared['kernels']}")
+    if shared["load"] + max(options.threads) > shared["cores"] + 0.5:
+        print(
+            f"the machine is busy (load {shared['load']:.1f} on {shared['cores']} cores): "
+            "times will be wrong, with several threads by orders of magnitude",
+            file=sys.stderr,
+        )
     print(HEADER)
     plan = [
         (threads, twin(case, dtype), cell, mode)

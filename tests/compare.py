@@ -15,9 +15,19 @@ from torch import Tensor
 
 import fastrnn
 from fastrnn import _ops
-from fastrnn.parity import compare, error, run_layer, with_gradients, worst
+from fastrnn.parity import compare, error, run_layer, with_gradients
 
-__all__ = ["check", "compare", "engines", "error", "run_cell", "run_layer", "use_engine", "worst"]
+__all__ = [
+    "check",
+    "check_identical",
+    "compare",
+    "engines",
+    "error",
+    "poisoned_memory",
+    "run_cell",
+    "run_layer",
+    "use_engine",
+]
 
 
 def check(
@@ -41,9 +51,10 @@ def check_identical(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 def engines() -> list[str]:
     """Everything that can compute a layer on this CPU: "native-" + instruction set, "reference"."""
-    if _ops.backends()["native"] is not None:
-        return ["reference"]
-    return [*(f"native-{isa}" for isa in importlib.import_module("fastrnn._C").cpu_isas()), "reference"]
+    names = ["reference"]
+    if _ops.backends()["native"] is None:
+        names += [f"native-{isa}" for isa in importlib.import_module("fastrnn._C").cpu_isas()]
+    return names
 
 
 @contextlib.contextmanager
@@ -63,12 +74,30 @@ def use_engine(name: str) -> Iterator[None]:
             native.set_cpu_isa(before)
 
 
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside the block every uninitialised tensor starts as NaN (integers as their maximum).
+
+    An element that an operator forgets to write, or reads before it is written, then shows.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
 def run_cell(
     cell: torch.nn.Module, input: Tensor, hx: Any, cotangents: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
     """`run_layer` for RNNCell, LSTMCell and GRUCell: "h", for an LSTM also "c", and gradients."""
     result = cell(input, hx)
-    outputs = dict(zip(("h", "c"), result if isinstance(result, tuple) else (result,), strict=False))
+    results = result if isinstance(result, tuple) else (result,)
+    outputs = dict(zip(("h", "c"), results, strict=False))
     leaves = {"input": input, **dict(cell.named_parameters())}
     if hx is not None:
         states = hx if isinstance(hx, tuple) else (hx,)

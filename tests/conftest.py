@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from compare import engines, use_engine
+from compare import engines, poisoned_memory, use_engine
 
 
 @pytest.fixture(autouse=True)
@@ -28,17 +28,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """Every uninitialised tensor starts as NaN (integers as their maximum).
-
-    An element that an operator forgets to write, or reads before it is written, then shows.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture(params=engines())

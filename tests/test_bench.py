@@ -134,6 +134,7 @@ def test_command_writes_complete_rows(
         assert row["date"].endswith("+00:00")
         assert row["gemm_peak"] > 0
         assert "commit" in row
+        assert row["load"] >= 0
     assert "nobody: absent (fastrnn_no_such_module is not installed)" in capsys.readouterr().out
 
 
@@ -184,7 +185,8 @@ def rows() -> list[dict[str, Any]]:
     """Returns a win, a loss and a red row."""
     shared = {
         "device": "some CPU", "versions": {"torch": "2", "fastrnn": "1"}, "kernels": "native",
-        "commit": "abc", "date": "2026-01-02T03:04:05+00:00", "case": "tiny", "shape": "T=3",
+        "commit": "abc", "load": 0.25, "cores": 8,
+        "date": "2026-01-02T03:04:05+00:00", "case": "tiny", "shape": "T=3",
         "mode": "training", "dtype": "float32", "threads": 1,
     }  # fmt: skip
     result = []
@@ -201,7 +203,10 @@ def rows() -> list[dict[str, Any]]:
 def test_table_shows_wins_losses_and_red(rows: list[dict[str, Any]]) -> None:
     text = plot.table(rows)
     assert "| tiny | T=3 | 20.0 µs, 2.50× | 20.0 µs, 0.75× | red |" in text
-    assert "some CPU, torch 2, fastrnn 1 (native), commit abc, 2026-01-02" in text
+    assert (
+        "some CPU, torch 2, fastrnn 1 (native), commit abc, 2026-01-02, load before 0.2 on 8 cores"
+        in text
+    )
 
 
 def test_picture_is_drawn(rows: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 BY_ID = {case.id: case for case in CASES}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def expected(
     cell: str, case: Case, dtype: torch.dtype
 ) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor]]:

@@ -266,6 +266,7 @@ def test_scripted_layer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
 def test_quantized_layer() -> None:
     quantization = pytest.importorskip("torch.ao.quantization")
     if torch.backends.quantized.engine == "none":

@@ -1,0 +1,111 @@
+"""The same call gives the same bits: again, with another number of threads, from other threads.
+
+Backends and instruction sets may round differently from each other; each agrees with itself.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrnn
+from cases import CASES, CELLS, DTYPES, Case, build
+from compare import check_identical, engines
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+BY_ID = {case.id: case for case in CASES}
+
+# Rows split over threads, units split over threads, and shapes that neither divides.
+SHAPES = [(1, 257), (2, 150), (33, 33), (64, 40), (67, 7)]
+
+
+@pytest.mark.parametrize("case", ["all", "packed-all", "H150-B9"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_run_is_bit_identical(engine: str, cell: str, dtype: str, case: str) -> None:
+    problem = build(cell, BY_ID[case], DTYPES[dtype])
+    check_identical(problem.run(fastrnn), problem.run(fastrnn))
+
+
+def scan_both_ways(cell: str, B: int, H: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything that the two operators return, from gates that no matrix product made."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    T, D = 6, 2
+    gates_per_unit = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3}.get(cell, 4)
+    projected, name = cell == "lstm_proj", cell.removesuffix("_proj")
+    P = max(1, H // 2) if projected else H
+    weight_hh = draw(D, gates_per_unit * H, P) / H**0.5
+    weight_hr = draw(D, P, H) / H**0.5 if projected else None
+    bias_own = draw(D, H) if cell == "gru" else None
+    h0 = draw(D, B, P)
+    c0 = draw(D, B, H) if name == "lstm" else None
+    gates = draw(T, B, D, gates_per_unit * H)
+    forward = torch.ops.fastrnn.scan(
+        name, gates, weight_hh, bias_own, weight_hr, h0, c0, None, 2, True
+    )
+    output, _, _, cells, saved = forward
+    dc_n = draw(D, B, H) if c0 is not None else None
+    backward = torch.ops.fastrnn.scan_backward(
+        name, draw(*output.shape), draw(D, B, P), dc_n, output, cells, saved, weight_hh,
+        weight_hr, h0, c0, None, 2, True, c0 is not None,
+    )  # fmt: skip
+    return {str(i): t for i, t in enumerate((*forward, *backward))}
+
+
+@pytest.mark.parametrize("engine", [e for e in engines() if e != "reference"], indirect=True)
+@pytest.mark.parametrize(("B", "H"), SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_do_not_depend_on_the_number_of_threads(
+    engine: str, cell: str, dtype: str, B: int, H: int
+) -> None:
+    torch.set_num_threads(1)
+    one = scan_both_ways(cell, B, H, DTYPES[dtype])
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        check_identical(scan_both_ways(cell, B, H, DTYPES[dtype]), one)
+
+
+@pytest.mark.parametrize(("B", "H"), SHAPES)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "lstm_proj", "gru"])
+def test_layers_do_not_depend_on_the_number_of_threads(
+    engine: str, cell: str, B: int, H: int
+) -> None:
+    """Outputs, final states and the gradients that come from the recurrence alone.
+
+    With one input feature the input projection is not a sum; other gradients are matrix products
+    of torch, which may cut their sums by the number of threads.
+    """
+    problem = build(cell, Case("threads", "", T=6, B=B, I=1, H=H), torch.float32)
+    results: list[dict[str, Any]] = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        result = problem.run(fastrnn)
+        kept = ("output", "h_n", "c_n", "d h_0", "d c_0")
+        results.append({name: result[name] for name in kept if name in result})
+    assert len(results[0]) == (5 if cell.startswith("lstm") else 3)
+    check_identical(*results)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_calls_from_several_threads_do_not_disturb_each_other(engine: str, cell: str) -> None:
+    problems = [build(cell, BY_ID[case], torch.float32) for case in ("all", "H77", "packed-all")]
+    expected = [problem.run(fastrnn) for problem in problems]
+    backend = fastrnn.get_backend()
+
+    def run(i: int) -> dict[str, Tensor]:
+        torch.set_num_threads(1)  # torch counts them for each calling thread
+        with fastrnn.use_backend(backend):  # the choice of a block is one thread's own
+            return problems[i % len(problems)].run(fastrnn)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for i, result in enumerate(pool.map(run, range(24))):
+            check_identical(result, expected[i % len(problems)])
