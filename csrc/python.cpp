@@ -19,6 +19,8 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["compiler"] = "gcc " __VERSION__;
 #endif
+    info["flags"] = FASTRNN_BUILD_FLAGS;
+    info["torch"] = FASTRNN_BUILD_TORCH;
     info["torch_target"] = "2.10";
     info["sanitized"] =
 #if defined(__SANITIZE_ADDRESS__)

@@ -38,11 +38,12 @@ def scan(
     return _scan(cell, tensors, direction)
 
 
-def _scan(
-    cell: str, tensors: tuple[Any, ...], direction: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(cell: str, tensors: tuple[Any, ...], direction: int) -> tuple[Tensor, Tensor, Tensor]:
     if _ops.resolve(tensors) == "reference":
-        return reference.scan(cell, *tensors, direction)[:3]
+        gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes = tensors
+        return reference.scan(
+            cell, gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes, direction
+        )[:3]
     # The kernels read contiguous arrays; these calls return the tensor itself where it is.
     ready = [t if t is None else t.contiguous() for t in tensors]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ready):

@@ -209,9 +209,13 @@ def _stack(
     """All layers over [T, B, I], or [N, I] with ``batch_sizes``: output, h_n, c_n."""
     cell = _CELL_OF_MODE[mode]
     h0, c0 = hx if spec.has_c and hx is not None else (hx, None)
-    state_dtype = None
+    state_dtype = c_dtype = None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(data.device.type):
-        data, weights, h0, c0, state_dtype = _autocast(cell, data, weights, h0, c0)
+        if cell == "gru" or (cell == "lstm" and batch_sizes is not None and not spec.proj_size):
+            state_dtype = data.dtype if h0 is None else h0.dtype
+        else:
+            c_dtype = (data if c0 is None else c0).dtype if spec.proj_size else None
+            data, weights, h0, c0 = _autocast(data, weights, h0, c0)
     directions = spec.directions
     per_direction = 2 + 2 * bias + (spec.proj_size > 0)
     h_n, c_n = [], []
@@ -229,9 +233,10 @@ def _stack(
             data = F.dropout(data, dropout, True)
     if data.requires_grad:
         data = data.clone()  # backward needs the scan's own; this one the caller may change
-    if spec.num_layers == 1:
-        return data, h_n[0], c_n[0]
-    return data, torch.cat(h_n), torch.cat(c_n) if spec.has_c else c_n[0]
+    h, c = h_n[0], c_n[0]
+    if spec.num_layers > 1:
+        h, c = torch.cat(h_n), torch.cat(c_n) if spec.has_c else c
+    return data, h, c if c_dtype is None else c.to(c_dtype)
 
 
 def _layer(
@@ -277,15 +282,14 @@ def _input_bias(bias_ih: Tensor, bias_hh: Tensor, own: int) -> Tensor:
 
 
 def _autocast(
-    cell: str, data: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
-) -> tuple[Tensor, Sequence[Tensor], Tensor | None, Tensor | None, torch.dtype | None]:
-    """Casts for autocast, with torch.nn's result dtypes: LSTM and RNN run in the autocast dtype,
-    GRU keeps the dtype of its state (of the input, without hx) and casts the input product."""
+    data: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor], Tensor | None, Tensor | None]:
+    """Everything in the autocast dtype: what torch.nn does for RNN and LSTM. GRU and the packed
+    LSTM without projection keep the dtype of their state (without hx: of the input) and autocast
+    the input product only; with a projection c_n keeps its dtype."""
     low = torch.get_autocast_dtype(data.device.type)
-    if cell == "gru":
-        return data, weights, h0, c0, data.dtype if h0 is None else h0.dtype
     h0, c0 = (s if s is None else s.to(low) for s in (h0, c0))
-    return data.to(low), [w.to(low) for w in weights], h0, c0, None
+    return data.to(low), [w.to(low) for w in weights], h0, c0
 
 
 def rnn_cell(

@@ -101,9 +101,7 @@ def _compare_tensor(name: str, got: Tensor, torch_same: Tensor, y64: Tensor) -> 
         return Comparison(name, 0.0, 0.0, 0.0, "NaN or infinity not where torch.nn has it")
     finite = got.isfinite() & torch_same.isfinite() & y64.isfinite()
     torch_error = error(torch_same, y64, finite)
-    return Comparison(
-        name, error(got, y64, finite), torch_error, 2 * torch_error + EPS[got.dtype]
-    )
+    return Comparison(name, error(got, y64, finite), torch_error, 2 * torch_error + EPS[got.dtype])
 
 
 def _same_kind(a: Tensor, b: Tensor) -> Tensor:
@@ -235,7 +233,7 @@ def run_case(
         D = 2 if options.get("bidirectional") else 1
         LD, P = options.get("num_layers", 1) * D, extra.get("proj_size", _H)
         T = steps if isinstance(steps, int) else max(steps)
-        sequence = (_B, T) if options.get("batch_first") else (T, _B)
+        sequence: tuple[int, ...] = (_B, T) if options.get("batch_first") else (T, _B)
         leaves = {"input": leaf(*sequence, _I), "h_0": leaf(LD, _B, P)}
         cotangents = {"h_n": sampler.normal((LD, _B, P))}
         hx: Any = leaves["h_0"]
@@ -245,7 +243,7 @@ def run_case(
             hx = (leaves["h_0"], leaves["c_0"])
         data: Tensor | PackedSequence = leaves["input"]
         if not isinstance(steps, int):
-            data = pack_padded_sequence(data, torch.tensor(steps), enforce_sorted=False)
+            data = pack_padded_sequence(leaves["input"], torch.tensor(steps), enforce_sorted=False)
             sequence = (sum(steps),)
         cotangents["output"] = sampler.normal((*sequence, D * P))
         return run_layer(layer, data, hx, cotangents, leaves)
