@@ -11,11 +11,11 @@ Pixels are standardised with the mean and standard deviation of all training pix
 digits are then multiplied by 4: with 8 rows and 230 updates an input of unit variance trains too
 slowly.  The factor was chosen among 1, 2, 3 and 4 on images held out from the training set.
 
-Exits with 1 if the training losses of the two differ by more than 1e-4 in any epoch, with 2 if the
-data or the arguments are unusable.  Long training can break the 1e-4 without a fault, because it
-amplifies rounding: on 60000 generated images of 28 x 28 (not MNIST itself), torch.nn with a single
-weight changed in its last bit was 2.9e-3 away from torch.nn in the first epoch, fastrnn 1.4e-3,
-while the gradients of both at equal weights agreed to rounding throughout.
+Exits with 1 if on the 8 x 8 digits the training losses of the two differ by more than 1e-4 in any
+epoch, with 2 if the data or the arguments are unusable.  On MNIST the difference is shown and not
+judged, because training so long amplifies rounding: on 60000 generated images of 28 x 28 (not
+MNIST itself), torch.nn with a single weight changed in its last bit was 2.9e-3 away from torch.nn
+in the first epoch, fastrnn 1.4e-3, while the gradients of both at equal weights agreed to rounding.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def report(torch_nn: Run, fast: Run) -> str:
     lines += [
         "",
         f"largest difference of the losses  {largest_difference(fast, torch_nn):.1e}"
-        f"  (allowed {MAX_LOSS_DIFFERENCE:.0e})",
+        f"  (allowed on the 8 x 8 digits: {MAX_LOSS_DIFFERENCE:.0e})",
         f"test accuracy                     torch.nn {torch_nn.accuracies[-1]:.2%}"
         f"   fastrnn {fast.accuracies[-1]:.2%}",
         f"training time                     torch.nn {total:.2f} s   fastrnn {total_:.2f} s"
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report(torch_nn, fast))
     if options.plot:
         plot(torch_nn, fast, title, options.plot)
-    if largest_difference(fast, torch_nn) <= MAX_LOSS_DIFFERENCE:  # False for a NaN
+    if options.mnist or largest_difference(fast, torch_nn) <= MAX_LOSS_DIFFERENCE:  # not for a NaN
         return 0
     print(f"the losses differ by more than {MAX_LOSS_DIFFERENCE:.0e}", file=sys.stderr)
     return 1

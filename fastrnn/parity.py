@@ -189,7 +189,10 @@ class Sampler:
         if self.integers:
             density = 1 / shape[-1] if len(shape) == 2 else 0.5
             return value.sign() * (self.uniform(shape).abs() < density)
-        return (value / hidden_size**0.5).to(self.dtype).double()  # as torch.nn initialises
+        # As torch.nn initialises, but where a sum has more terms than there are hidden units: large
+        # pre-activations of either sign cancel, and what is left is mostly luck.
+        terms = max(hidden_size, shape[-1]) if len(shape) == 2 else hidden_size
+        return (value / terms**0.5).to(self.dtype).double()
 
 
 # Cell -> class, extra arguments.

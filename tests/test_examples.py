@@ -125,14 +125,14 @@ def test_command_line_trains_both_and_draws(
 
 
 def test_runs_that_differ_fail(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Drifting(torch.nn.LSTM):
         def forward(self, *arguments: object) -> tuple[torch.Tensor, object]:
             output, state = super().forward(*arguments)
             return 1.02 * output, state
 
-    words = ["--mnist", str(folder), "--epochs", "1", "--hidden", "8"]
+    words = ["--epochs", "1", "--hidden", "8"]
     substitute = SimpleNamespace(LSTM=Drifting, get_backend=lambda: "test")
     monkeypatch.setattr(digits, "fastrnn", substitute)
     assert digits.main(words) == 1
