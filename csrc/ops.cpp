@@ -143,6 +143,17 @@ struct Problem {
   Sizes state(int64_t width) const { return {shape.D, shape.B, width}; }
 };
 
+// Owns the string: torch's own conversion to std::string (2.10 to 2.13) loses its memory at every call.
+std::string take_string(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string copy(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return copy;
+}
+
 Tensor make(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
 }
@@ -157,10 +168,11 @@ void run(const Args& args, const Tensor& like) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan(std::string cell, Tensor gates, Tensor weight_hh,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan(StringHandle name, Tensor gates, Tensor weight_hh,
                                                         OptionalTensor bias_own, OptionalTensor weight_hr,
                                                         OptionalTensor h0, OptionalTensor c0,
                                                         OptionalTensor batch_sizes, int64_t direction, bool save) {
+  const std::string cell = take_string(name);
   const Problem p(cell, gates, "gates", weight_hh, weight_hr, batch_sizes, h0, direction);
   const ScanShape& s = p.shape;
   const int64_t G = p.cell.gates, A = p.cell.saved, R = p.cell.own;
@@ -193,9 +205,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan(std::string cell, Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
-    std::string cell, OptionalTensor doutput, OptionalTensor dh_n, OptionalTensor dc_n, Tensor output, Tensor cells,
+    StringHandle name, OptionalTensor doutput, OptionalTensor dh_n, OptionalTensor dc_n, Tensor output, Tensor cells,
     Tensor saved, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor h0, OptionalTensor c0,
     OptionalTensor batch_sizes, int64_t direction, bool needs_dh0, bool needs_dc0) {
+  const std::string cell = take_string(name);
   const Problem p(cell, output, "output", weight_hh, weight_hr, batch_sizes, h0, direction);
   const ScanShape& s = p.shape;
   const int64_t G = p.cell.gates, A = p.cell.saved, R = p.cell.own;

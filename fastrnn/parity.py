@@ -181,8 +181,15 @@ class Sampler:
     def uniform(self, shape: Sequence[int]) -> Tensor:
         return 2 * torch.rand(shape, generator=self.generator, dtype=torch.float64) - 1
 
-    def data(self, shape: Sequence[int], scale: float = 1.0) -> Tensor:
-        return self.normal(shape).round() if self.integers else self.normal(shape, scale)
+    def data(self, shape: Sequence[int]) -> Tensor:
+        return self.normal(shape).round() if self.integers else self.normal(shape)
+
+    def cotangent(self, shape: Sequence[int], rows: int) -> Tensor:
+        """Weights of a result in the loss, so that sums over `rows` rows of data are about 1.
+
+        Otherwise sums of many large terms that happen to cancel would decide the comparison.
+        """
+        return self.normal(shape, max(rows, 1) ** -0.5)
 
     def parameter(self, shape: Sequence[int], hidden_size: int) -> Tensor:
         value = self.uniform(shape)
@@ -238,17 +245,17 @@ def run_case(
         T = steps if isinstance(steps, int) else max(steps)
         sequence: tuple[int, ...] = (_B, T) if options.get("batch_first") else (T, _B)
         leaves = {"input": leaf(*sequence, _I), "h_0": leaf(LD, _B, P)}
-        cotangents = {"h_n": sampler.normal((LD, _B, P))}
+        cotangents = {"h_n": sampler.cotangent((LD, _B, P), T * _B)}
         hx: Any = leaves["h_0"]
         if class_name == "LSTM":
             leaves["c_0"] = leaf(LD, _B, _H)
-            cotangents["c_n"] = sampler.normal((LD, _B, _H))
+            cotangents["c_n"] = sampler.cotangent((LD, _B, _H), T * _B)
             hx = (leaves["h_0"], leaves["c_0"])
         data: Tensor | PackedSequence = leaves["input"]
         if not isinstance(steps, int):
             data = pack_padded_sequence(leaves["input"], torch.tensor(steps), enforce_sorted=False)
             sequence = (sum(steps),)
-        cotangents["output"] = sampler.normal((*sequence, D * P))
+        cotangents["output"] = sampler.cotangent((*sequence, D * P), T * _B)
         return run_layer(layer, data, hx, cotangents, leaves)
 
 

@@ -56,7 +56,7 @@ class Case:
     strided: bool = False  # input is every second element of a larger tensor
     frozen: tuple[str, ...] = ()  # tensors that do not require grad; "weights" for all parameters
     grad: bool = True  # False runs under no_grad
-    scale: float = 1.0  # multiplies the input: large values saturate the gates
+    bias_scale: float = 1.0  # large biases saturate the gates
 
     def supports(self, cell: str) -> bool:
         """A projection must be smaller than the hidden size, so H = 1 has none."""
@@ -115,7 +115,7 @@ CASES = _varied(
     ("P7", "projection that is not a multiple of a vector", {"P": 7, "H": 33}),
     ("all", "layers, directions, rows first, odd sizes",
      {"layers": 2, "bidirectional": True, "batch_first": True, "T": 6, "B": 5, "I": 9, "H": 19}),
-    ("saturated", "gates far into saturation", {"scale": 30.0}),
+    ("saturated", "gates far into saturation", {"bias_scale": 30.0}),
     ("packed-equal", "packed, all lengths equal", {"lengths": (5, 5, 5)}),
     ("packed-sorted", "packed, decreasing lengths", {"lengths": (6, 4, 4, 1)}),
     ("packed-unsorted", "packed, user order differs from packed order",
@@ -254,12 +254,15 @@ def build(cell: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     values = {
         name: sampler.parameter(value.shape, case.H) for name, value in layer.state_dict().items()
     }
-    values["input"] = sampler.data(sequence(case.I * (2 if case.strided else 1)), case.scale)
+    for name in values:
+        if name.startswith("bias"):
+            values[name] = (values[name] * case.bias_scale).to(dtype).double()
+    values["input"] = sampler.data(sequence(case.I * (2 if case.strided else 1)))
     if case.hx != "none":
         for name, features in states.items():
             values[f"{name}_0"] = sampler.data(state_leaf(features))
     output = sequence(D * HP) if case.lengths is None else (sum(case.lengths), D * HP)
-    cotangents = {"output": sampler.normal(output)}
+    cotangents = {"output": sampler.cotangent(output, T * B)}
     for name, features in states.items():
-        cotangents[f"{name}_n"] = sampler.normal(state(features))
+        cotangents[f"{name}_n"] = sampler.cotangent(state(features), T * B)
     return Problem(cell, case, dtype, seed, values, cotangents)
