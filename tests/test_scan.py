@@ -194,7 +194,7 @@ class _HeapInfo(ctypes.Structure):
         for name in (
             "arena", "ordblks", "smblks", "hblks", "hblkhd",
             "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-        )  # fmt: skip
+        )
     )
 
 
