@@ -2,7 +2,7 @@
 //
 // A step receives, for one hidden unit (or a vector of units) of one row:
 //   x[G]      input pre-activations  W_ih x_t + b_ih (+ b_hh where the cell adds it there)
-//   r[G]      recurrent products     W_hh h_{t-1}    (+ b_hh of the gates that keep their own, see kOwn)
+//   r[G]      recurrent products     W_hh h_{t-1}    (+ b_hh of the last kOwn gates, whose r enters on its own)
 //   h, c      state that enters the step; overwritten with the state that leaves it
 // and leaves in saved[A] what the backward step needs beside the states.
 //

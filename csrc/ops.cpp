@@ -169,22 +169,22 @@ void run(const Args& args, const Tensor& like) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan(StringHandle name, Tensor gates, Tensor weight_hh,
-                                                        OptionalTensor bias_own, OptionalTensor weight_hr,
-                                                        OptionalTensor h0, OptionalTensor c0,
+                                                        OptionalTensor bias_ih, OptionalTensor bias_hh,
+                                                        OptionalTensor weight_hr, OptionalTensor h0, OptionalTensor c0,
                                                         OptionalTensor batch_sizes, int64_t direction, bool save) {
   const std::string cell = take_string(name);
   const Problem p(cell, gates, "gates", weight_hh, weight_hr, batch_sizes, h0, direction);
   const ScanShape& s = p.shape;
-  const int64_t G = p.cell.gates, A = p.cell.saved, R = p.cell.own;
+  const int64_t G = p.cell.gates, A = p.cell.saved;
   const bool has_c = p.cell.has_c;
   STD_TORCH_CHECK(has_c || !c0, "fastrnn: ", cell, " has no cell state, but c0 was given");
-  STD_TORCH_CHECK(R > 0 || !bias_own, "fastrnn: ", cell, " takes no bias_own: add it to gates");
 
   ScanArgs a;
   static_cast<ScanShape&>(a) = s;
   a.gates = array(gates, "gates", p.over_time(G * s.H), p.dtype);
   a.weight_hh = weight_hh.const_data_ptr();
-  a.bias_own = optional_array(bias_own, "bias_own", {s.D, R * s.H}, p.dtype);
+  a.bias_ih = optional_array(bias_ih, "bias_ih", {s.D, G * s.H}, p.dtype);
+  a.bias_hh = optional_array(bias_hh, "bias_hh", {s.D, G * s.H}, p.dtype);
   a.weight_hr = optional_array(weight_hr, "weight_hr", {s.D, s.P, s.H}, p.dtype);
   a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype);
   a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype);
@@ -252,7 +252,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
 // Empty tensors [0] stand for what a cell does not have or what was not asked for.
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(
-      "scan(str cell, Tensor gates, Tensor weight_hh, Tensor? bias_own, Tensor? weight_hr, Tensor? h0, Tensor? c0, "
+      "scan(str cell, Tensor gates, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? h0, "
+      "Tensor? c0, "
       "Tensor? batch_sizes, int direction, bool save) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)");
   m.def(

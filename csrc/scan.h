@@ -38,9 +38,10 @@ struct ScanShape {
 };
 
 struct ScanArgs : ScanShape {
-  const void* gates;      // Storage [N, D, G, H] input pre-activations
+  const void* gates;      // Storage [N, D, G, H] input products W_ih x
   const void* weight_hh;  // Storage [D, G, H, P]
-  const void* bias_own;   // Storage [D, R, H] recurrent bias of the last R gates, or null: 0
+  const void* bias_ih;    // Storage [D, G, H] added to the input pre-activations, or null: 0
+  const void* bias_hh;    // Storage [D, G, H] added to the recurrent products, or null: 0
   const void* weight_hr;  // Storage [D, P, H], projected only
   const void* h0;         // Storage [D, B, P], or null: 0
   const void* c0;         // Storage [D, B, H], or null: 0

@@ -146,8 +146,8 @@ def _over_time(data: Tensor, width: int) -> list[int]:
 
 
 def _scan_fake(
-    cell: str, gates: Tensor, weight_hh: Tensor, bias_own: Tensor | None, weight_hr: Tensor | None,
-    h0: Tensor | None, c0: Tensor | None, batch_sizes: Tensor | None, direction: int, save: bool,
+    cell: str, gates: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None,
+    weight_hr: Tensor | None, h0: Tensor | None, c0: Tensor | None, batch_sizes: Tensor | None, direction: int, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Shapes and dtypes of the results of ``scan``, for tensors without data."""
     info = reference.CELLS[cell]

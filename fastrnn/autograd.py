@@ -23,7 +23,8 @@ def scan(
     cell: str,
     gates: Tensor,
     weight_hh: Tensor,
-    bias_own: Tensor | None,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -32,7 +33,7 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, h_n and c_n of ``reference.scan``, on the backend that the tensors and the user's
     choice give, with derivatives."""
-    tensors = (gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes)
+    tensors = (gates, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, batch_sizes)
     if torch.compiler.is_compiling():
         return _scan_uncompiled(cell, tensors, direction)
     return _scan(cell, tensors, direction)
@@ -40,10 +41,7 @@ def scan(
 
 def _scan(cell: str, tensors: tuple[Any, ...], direction: int) -> tuple[Tensor, Tensor, Tensor]:
     if _ops.resolve(tensors) == "reference":
-        gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes = tensors
-        return reference.scan(
-            cell, gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes, direction
-        )[:3]
+        return reference.scan(cell, *tensors, direction)[:3]
     # The kernels read contiguous arrays; these calls return the tensor itself where it is.
     ready = [t if t is None else t.contiguous() for t in tensors]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ready):
@@ -61,7 +59,7 @@ class Scan(Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        cell, _, weight_hh, _, weight_hr, h0, c0, batch_sizes, direction = arguments
+        cell, _, weight_hh, _, _, weight_hr, h0, c0, batch_sizes, direction = arguments
         results = torch.ops.fastrnn.scan(*arguments, True)
         output, _, _, cells, saved = results
         ctx.save_for_backward(weight_hh, weight_hr, h0, c0, batch_sizes, output, cells, saved)
@@ -71,7 +69,7 @@ class Scan(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        none = (None,) * 9
+        none = (None,) * 10
         if all(g is None for g in grads):
             return none
         return (*_gradients(ctx, *grads), None, None)
@@ -85,9 +83,9 @@ def _gradients(
     dcells: Tensor | None,
     dsaved: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of cell (None), gates, weight_hh, bias_own, weight_hr, h0, c0."""
+    """Gradients of cell (None), gates, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0."""
     weight_hh, weight_hr, h0, c0, batch_sizes, output, cells, saved = ctx.saved_tensors
-    _, _, for_w_hh, for_bias, for_w_hr, for_h0, for_c0 = ctx.needs_input_grad[:7]
+    _, _, for_w_hh, for_b_ih, for_b_hh, for_w_hr, for_h0, for_c0 = ctx.needs_input_grad[:8]
     results = (output, cells, saved, weight_hh, weight_hr, h0, c0, batch_sizes, ctx.direction)
     if torch.is_grad_enabled() or dcells is not None or dsaved is not None:
         computed = reference.scan_backward(ctx.cell, doutput, dh_n, dc_n, dcells, dsaved, *results)
@@ -96,16 +94,29 @@ def _gradients(
         computed = torch.ops.fastrnn.scan_backward(ctx.cell, *incoming, *results, for_h0, for_c0)
     dgates, drecurrent, dprojected, hidden, dh0, dc0 = computed
 
-    dw_hh = dw_hr = dbias = None
+    dw_hh = dw_hr = db_ih = db_hh = None
     if for_w_hh:
         dw_hh = _dweight_hh(ctx.cell, dgates, drecurrent, output, h0, batch_sizes, ctx.direction)
     if for_w_hr:  # dW_hr = sum over time of dh (o tanh c)^T
         dw_hr = torch.stack([
             _rows(dprojected, d).T @ _rows(hidden, d) for d in range(dprojected.shape[-2])
         ])  # fmt: skip
-    if for_bias:
-        dbias = drecurrent.flatten(0, -3).sum(0)
-    return None, dgates, dw_hh, dbias, dw_hr, dh0 if for_h0 else None, dc0 if for_c0 else None
+    if for_b_ih or for_b_hh:  # db = sum over time and rows of dx, for b_hh of dr
+        db_ih = dgates.flatten(0, -3).sum(0)
+        db_hh = db_ih
+        if drecurrent.shape[-1]:
+            own = drecurrent.flatten(0, -3).sum(0)
+            db_hh = torch.cat([db_ih[:, : -own.shape[1]], own], 1)
+    return (
+        None,
+        dgates,
+        dw_hh,
+        db_ih if for_b_ih else None,
+        db_hh if for_b_hh else None,
+        dw_hr,
+        dh0 if for_h0 else None,
+        dc0 if for_c0 else None,
+    )
 
 
 def _rows(t: Tensor, d: int) -> Tensor:

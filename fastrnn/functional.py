@@ -244,25 +244,21 @@ def _layer(
     bias: bool, h0: Tensor | None, c0: Tensor | None, state_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One layer, all directions: [T, B, I] -> [T, B, D * P], h_n [D, B, P], c_n [D, B, H]."""
-    info = reference.CELLS[cell]
-    own = info.own * (groups[0][1].shape[0] // info.gates)
     projected = len(groups[0]) > 2 + 2 * bias
     weight_ih = _joined([g[0] for g in groups])
-    bias_ih = bias_own = None
-    if bias:
-        bias_ih = _joined([_input_bias(g[2], g[3], own) for g in groups])
-        bias_own = _stacked([g[3][-own:] for g in groups]) if own else None
+    bias_ih, bias_hh = (_stacked([g[i] for g in groups]) if bias else None for i in (2, 3))
     lead = data.shape[:-1]
-    gates = F.linear(data.reshape(-1, data.shape[-1]), weight_ih, bias_ih)
+    gates = F.linear(data.reshape(-1, data.shape[-1]), weight_ih)
     gates = gates.view(*lead, len(groups), groups[0][1].shape[0])
     weight_hh = _stacked([g[1] for g in groups])
     weight_hr = _stacked([g[-1] for g in groups]) if projected else None
     if state_dtype is not None:
         gates, weight_hh = gates.to(state_dtype), weight_hh.to(state_dtype)
-        bias_own = bias_own if bias_own is None else bias_own.to(state_dtype)
+        bias_ih, bias_hh = (b if b is None else b.to(state_dtype) for b in (bias_ih, bias_hh))
     output, h_n, c_n = scan(
-        cell, gates, weight_hh, bias_own, weight_hr, h0, c0, batch_sizes, len(groups) - 1 and 2
-    )
+        cell, gates, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, batch_sizes,
+        2 if len(groups) == 2 else 0,
+    )  # fmt: skip
     return output.flatten(-2), h_n, c_n
 
 
@@ -272,13 +268,6 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _input_bias(bias_ih: Tensor, bias_hh: Tensor, own: int) -> Tensor:
-    """b_ih + b_hh, without the last ``own`` entries of b_hh, which stay with the recurrence."""
-    if not own:
-        return bias_ih + bias_hh
-    return torch.cat([bias_ih[:-own] + bias_hh[:-own], bias_ih[-own:]])
 
 
 def _autocast(

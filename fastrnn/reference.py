@@ -178,7 +178,8 @@ def scan(
     cell: str,
     gates: Tensor,
     weight_hh: Tensor,
-    bias_own: Tensor | None,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -189,9 +190,9 @@ def scan(
 
     Args:
         cell: a name in :data:`CELLS`.
-        gates: input pre-activations [T, B, D, G * H], or packed [N, D, G * H].
+        gates: input products W_ih x [T, B, D, G * H], or packed [N, D, G * H].
         weight_hh: [D, G * H, P].
-        bias_own: recurrent bias of the last R gates [D, R * H], or None.
+        bias_ih, bias_hh: added to the input and to the recurrent products [D, G * H], or None.
         weight_hr: projection of h [D, P, H] (LSTM), or None: P = H.
         h0, c0: initial states [D, B, P] and [D, B, H], or None: zeros. Packed data needs h0.
         batch_sizes: rows of each step [T], int64 on the CPU, not increasing; None: dense.
@@ -214,16 +215,14 @@ def scan(
             reverse = reversed_group(d, groups, direction)
             w_hh = weight_hh[d].to(compute)
             w_hr = None if weight_hr is None else weight_hr[d].to(compute)
+            b_ih, b_hh = (0 if b is None else b[d].to(compute) for b in (bias_ih, bias_hh))
             h = _initial(h0, d, flat, batch, size)
             c = _initial(c0, d, flat, batch, hidden) if info.has_c else empty
             parts: list[tuple[Tensor, ...]] = []
             for row in reversed(rows) if reverse else rows:
                 n = row.stop - row.start
-                x = list(flat[row, d].chunk(info.gates, -1))
-                r = list((h[:n] @ w_hh.T).chunk(info.gates, -1))
-                for k in range(info.own if bias_own is not None else 0):
-                    own = bias_own[d, k * hidden : (k + 1) * hidden]  # type: ignore[index]
-                    r[info.gates - info.own + k] = r[info.gates - info.own + k] + own.to(compute)
+                x = list((flat[row, d] + b_ih).chunk(info.gates, -1))
+                r = list((h[:n] @ w_hh.T + b_hh).chunk(info.gates, -1))
                 new, saved = info.forward(x, r, State(h[:n], c[:n]))
                 out = new.h if w_hr is None else new.h @ w_hr.T
                 out = out.to(dtype)

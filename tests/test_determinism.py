@@ -44,12 +44,12 @@ def scan_both_ways(cell: str, B: int, H: int, dtype: torch.dtype) -> dict[str, T
     P = max(1, H // 2) if projected else H
     weight_hh = draw(D, gates_per_unit * H, P) / H**0.5
     weight_hr = draw(D, P, H) / H**0.5 if projected else None
-    bias_own = draw(D, H) if cell == "gru" else None
+    bias_ih, bias_hh = draw(D, gates_per_unit * H), draw(D, gates_per_unit * H)
     h0 = draw(D, B, P)
     c0 = draw(D, B, H) if name == "lstm" else None
     gates = draw(T, B, D, gates_per_unit * H)
     forward = torch.ops.fastrnn.scan(
-        name, gates, weight_hh, bias_own, weight_hr, h0, c0, None, 2, True
+        name, gates, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, None, 2, True
     )
     output, _, _, cells, saved = forward
     dc_n = draw(D, B, H) if c0 is not None else None

@@ -165,7 +165,8 @@ def scan_arguments(cell: str) -> dict[str, Any]:
         "cell": cell,
         "gates": torch.randn(T, B, 1, rows),
         "weight_hh": torch.randn(1, rows, H),
-        "bias_own": None,
+        "bias_ih": None,
+        "bias_hh": None,
         "weight_hr": None,
         "h0": torch.zeros(1, B, H),
         "c0": torch.zeros(1, B, H) if cell == "lstm" else None,
@@ -205,7 +206,9 @@ SCAN_CHANGES: dict[str, dict[str, Any]] = {
     "weight groups": {"weight_hh": torch.zeros(2, 4 * H, H)},
     "weight bfloat16": {"weight_hh": torch.zeros(1, 4 * H, H, dtype=torch.bfloat16)},
     "weight transposed": {"weight_hh": torch.zeros(1, H, 4 * H).transpose(1, 2)},
-    "bias_own for lstm": {"bias_own": torch.zeros(1, H)},
+    "bias_ih width": {"bias_ih": torch.zeros(1, H)},
+    "bias_hh groups": {"bias_hh": torch.zeros(2, 4 * H)},
+    "bias_hh float64": {"bias_hh": torch.zeros(1, 4 * H, dtype=torch.float64)},
     "weight_hr shape": {"weight_hr": torch.zeros(1, 2, H)},
     "weight_hr 2-D": {"weight_hh": torch.zeros(1, 4 * H, 2), "weight_hr": torch.zeros(2, H)},
     "h0 batch": {"h0": torch.zeros(1, B - 1, H)},
@@ -257,7 +260,6 @@ def test_scan_refuses(wrong: str) -> None:
     "change",
     [
         {"c0": torch.zeros(1, B, H)},
-        {"bias_own": torch.zeros(1, H)},
         {"weight_hh": torch.zeros(1, H, 2), "weight_hr": torch.zeros(1, 2, H)},
     ],
 )

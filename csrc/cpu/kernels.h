@@ -5,18 +5,35 @@
 #include <cstdint>
 
 #include "../scan.h"
+#include "team.h"
 
 namespace fastrnn {
 
-// A pass = pack every block of weights (pack_blocks of them, in any order, in parallel), then run every group and
-// range of rows (in any order, in parallel). Ranges of rows share nothing, and the result of a row does not depend on
-// the range it is in: the number of threads never changes a bit.
+// What scan.cpp decided for a pass.
+struct CpuPlan {
+  bool packed;      // the weights are packed first; otherwise read where they lie
+  int64_t members;  // threads that share the hidden units of one group; 1: rows are divided instead
+  int64_t ranges;   // ranges of rows of one group
+};
+
+// What one thread runs: a range of rows of a group through all time steps; with a team all rows, and its share of
+// the hidden units.
+struct Share {
+  int64_t d, b_begin, b_end;
+  int member = 0;
+  Team* team = nullptr;
+};
+
+// A pass = pack every block of weights (pack_blocks of them, in any order, in parallel), then run every share (in any
+// order, in parallel). Ranges of rows have nothing in common, and the result of a row and unit does not depend on the
+// share it is in: the number of threads never changes a bit.
 template <class Args>
 struct PassKernels {
-  size_t (*scratch_bytes)(const ScanShape&);
-  int64_t (*pack_blocks)(const ScanShape&);
-  void (*pack)(const Args&, char* scratch, int64_t block);
-  void (*rows)(const Args&, char* scratch, int64_t d, int64_t b_begin, int64_t b_end);
+  size_t (*scratch_bytes)(const ScanShape&, const CpuPlan&);
+  int64_t (*pack_blocks)(const ScanShape&, const CpuPlan&);
+  int64_t (*unit_blocks)(const ScanShape&);  // into how many parts the hidden units can be divided
+  void (*pack)(const Args&, const CpuPlan&, char* scratch, int64_t block);
+  void (*run)(const Args&, const CpuPlan&, char* scratch, const Share&);
 };
 
 struct CpuKernels {

@@ -1,22 +1,29 @@
-// The recurrent product on packed weights: rows of a panel times a matrix, one register tile at a time.
+// The recurrent product: rows of a panel times a matrix, packed (product) or as it lies in memory (product_direct).
 //
-// Computes   acc[b, c] = sum_k panel[b, k] * weight[k, c]
-// Work       a tile of up to kMaxRows rows and kMaxColumns vectors of columns, all K of it
-// Memory     the tile in registers (6 x 4 of 32, or 3 x 4 of 16); weights are read once per tile, in order
-// Order      k ascending, one accumulator: a result depends neither on the tile nor on the other rows
+// Computes   acc[row, column] = sum_k panel[row, k] * weight[k, column], for a run of blocks of columns
+// Work       packed: register tiles of up to kMaxRows rows and a few pairs of column vectors; K is cut so that the
+//            weights of a tile stay in L1 while all rows pass over them. Direct: one vector of units at a time
+// Memory     a tile's sums in registers; every weight is read once per run and, from L1, once per tile of rows
+// Order      packed: k ascending, one accumulator, so that a result depends neither on the tile nor on the other rows.
+//            Direct: kLanes partial sums over k, then their sum in a fixed tree
 //
-// A packed matrix serves `units` hidden units with `gates` columns each. A block holds all gates of kMaxColumns / gates
-// vectors of units (the last block may hold fewer), so that a cell finds every gate of its units in one tile.
+// A packed matrix serves `units` hidden units with `gates` columns each. A block is the least number of vectors of
+// units whose columns make whole pairs; a pair of columns lies [k][2][lanes], a last odd column is paired with zeros.
+// Column (vector u of the run, gate g) of a run of blocks is number u * gates + g.
 #pragma once
+
+#include <utility>
 
 #include "vec.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// AVX-512 has 32 registers: 6 x 4 sums, 4 weights or broadcasts in flight. AVX2 and SSE have 16: 3 x 4 + 4.
-constexpr int kMaxRows = kVectorBytes == 64 ? 6 : 3;
-constexpr int kMaxColumns = 4;
+constexpr int kMaxRows = 6;      // rows of a tile
+constexpr int kMaxRunRows = 48;  // rows of a run: their sums stay in L1 beside the weights
+constexpr int kMaxRunPairs = 4;  // pairs of columns of a run: enough sums in flight for a single row
+constexpr int kChunk = 256;      // k of a pair of columns in L1: 16 KiB with AVX2, 32 KiB with AVX-512
+constexpr int kPair = 2;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -25,43 +32,68 @@ struct PackedShape {
   int lanes;
 
   int64_t vectors() const { return ceil_div(units, lanes); }
-  int64_t block_vectors() const { return kMaxColumns / gates; }
+  int64_t block_vectors() const { return gates % kPair ? kPair : 1; }
+  int64_t block_pairs() const { return gates * block_vectors() / kPair; }
   int64_t blocks() const { return ceil_div(vectors(), block_vectors()); }
+  // As many blocks as one run takes.
+  int64_t run_blocks() const { return block_pairs() < kMaxRunPairs ? kMaxRunPairs / block_pairs() : 1; }
+  int64_t pair_size() const { return K * kPair * lanes; }
+  int64_t size() const { return blocks() * block_pairs() * pair_size(); }
+  int64_t columns(int64_t begin, int64_t end) const { return (end - begin) * block_pairs() * kPair; }
+  // The vectors of units of blocks [begin, end).
   int64_t first_vector(int64_t block) const { return block * block_vectors(); }
-  int64_t vectors_in(int64_t block) const {
-    const int64_t left = vectors() - first_vector(block);
-    return left < block_vectors() ? left : block_vectors();
+  int64_t vectors_in(int64_t begin, int64_t end) const {
+    const int64_t last = end * block_vectors();
+    return (last < vectors() ? last : vectors()) - first_vector(begin);
   }
-  int64_t offset(int64_t block) const { return first_vector(block) * gates * K * lanes; }
-  int64_t size() const { return vectors() * gates * K * lanes; }
 };
 
-// weight [gates, units, K]: every unit's row becomes a lane. Transposed in squares that stay in L1.
+// The sums of a run: [rows][columns][lanes].
+template <class S>
+struct RunSums {
+  alignas(64) S data[kMaxRunRows * kMaxRunPairs * kPair * Vec<S>::kLanes];
+};
+
+// Swaps rows and columns of a square of lanes: each round interleaves the first half of the rows with the second.
+template <class V, size_t... I>
+FASTRNN_INLINE void interleave(V a, V b, V& low, V& high, std::index_sequence<I...>) {
+  constexpr int n = sizeof...(I);
+  low = __builtin_shufflevector(a.raw, b.raw, static_cast<int>(I / 2 + (I % 2) * n)...);
+  high = __builtin_shufflevector(a.raw, b.raw, static_cast<int>(n / 2 + I / 2 + (I % 2) * n)...);
+}
+template <class S>
+FASTRNN_INLINE void transpose(Vec<S>* rows) {
+  constexpr int n = Vec<S>::kLanes;
+#pragma GCC unroll 4
+  for (int round = 1; round < n; round *= 2) {
+    Vec<S> next[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i)
+      interleave(rows[i], rows[i + n / 2], next[2 * i], next[2 * i + 1], std::make_index_sequence<n>());
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
+// weight [gates, units, K]: every unit's row becomes a lane.
 template <class T>
 void pack_rows(const T* weight, const PackedShape& s, int64_t block, Compute<T>* packed) {
   using S = Compute<T>;
   constexpr int kLanes = Vec<S>::kLanes;
-  const int64_t vectors = s.vectors_in(block), columns = vectors * s.gates;
-  packed += s.offset(block);
-  for (int64_t u = 0; u < vectors; ++u) {
-    const int64_t j = (s.first_vector(block) + u) * kLanes;
+  packed += block * s.block_pairs() * s.pair_size();
+  const int64_t columns = s.block_pairs() * kPair;
+  for (int64_t column = 0; column < columns; ++column) {
+    const int64_t g = column % s.gates, j = (s.first_vector(block) + column / s.gates) * kLanes;
     const int lanes = s.units - j < kLanes ? static_cast<int>(s.units - j) : kLanes;
-    for (int64_t g = 0; g < s.gates; ++g) {
-      const T* source = weight + (g * s.units + j) * s.K;
-      S* target = packed + (u * s.gates + g) * kLanes;
-      for (int64_t k = 0; k < s.K; k += kLanes) {
-        const int width = s.K - k < kLanes ? static_cast<int>(s.K - k) : kLanes;
-        alignas(64) S square[kLanes][kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const Vec<S> row = lane < lanes ? load(source + lane * s.K + k, width) : Vec<S>(S(0));
-          store(square[lane], row, kLanes);
-        }
-        for (int i = 0; i < width; ++i) {
-          alignas(64) S column[kLanes];
-          for (int lane = 0; lane < kLanes; ++lane) column[lane] = square[lane][i];
-          store(target + (k + i) * columns * kLanes, load(column, kLanes), kLanes);
-        }
-      }
+    const T* source = weight + (g * s.units + j) * s.K;
+    S* target = packed + column / kPair * s.pair_size() + column % kPair * kLanes;
+    for (int64_t k = 0; k < s.K; k += kLanes) {
+      const int width = s.K - k < kLanes ? static_cast<int>(s.K - k) : kLanes;
+      Vec<S> square[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane)
+        square[lane] = lane < lanes ? load(source + lane * s.K + k, width) : Vec<S>(S(0));
+      transpose<S>(square);
+      for (int i = 0; i < width; ++i) store(target + (k + i) * kPair * kLanes, square[i], kLanes);
     }
   }
 }
@@ -71,90 +103,157 @@ template <class T>
 void pack_columns(const T* weight, const PackedShape& s, int64_t block, Compute<T>* packed) {
   using S = Compute<T>;
   constexpr int kLanes = Vec<S>::kLanes;
-  const int64_t vectors = s.vectors_in(block), j = s.first_vector(block) * kLanes;
-  packed += s.offset(block);
+  packed += block * s.pair_size();
+  const int64_t j = s.first_vector(block) * kLanes, left = s.units - j;
+  const int first = left < kLanes ? static_cast<int>(left) : kLanes;
+  const int second = left - first < kLanes ? static_cast<int>(left - first) : kLanes;
   for (int64_t k = 0; k < s.K; ++k) {
-    for (int64_t u = 0; u < vectors; ++u) {
-      const int64_t left = s.units - j - u * kLanes;
-      const int lanes = left < kLanes ? static_cast<int>(left) : kLanes;
-      store(packed + (k * vectors + u) * kLanes, load(weight + k * s.units + j + u * kLanes, lanes), kLanes);
-    }
+    const T* source = weight + k * s.units + j;
+    store(packed + k * kPair * kLanes, load(source, first), kLanes);
+    store(packed + k * kPair * kLanes + kLanes, second ? load(source + kLanes, second) : Vec<S>(S(0)), kLanes);
   }
 }
 
-template <class S, int R, int C>
-void product_tile(const S* panel, int64_t stride, const S* packed, int64_t K, S* acc) {
+// sums [R][2 P][lanes] (+)= R rows of the panel times P pairs of columns, for K steps of k. `row_sums`: elements
+// between rows of the sums.
+template <class S, int R, int P>
+void product_tile(const S* panel, int64_t stride, const S* packed, int64_t pair_size, int64_t K, bool add, S* sums,
+                  int64_t row_sums) {
   using V = Vec<S>;
-  constexpr int kLanes = V::kLanes;
+  constexpr int kLanes = V::kLanes, C = kPair * P;
   V sum[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sum[r][c] = add ? load(sums + r * row_sums + c * kLanes, kLanes) : V(S(0));
+  const S* row[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) row[r] = panel + r * stride;
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[r][c] = V(S(0));
   for (int64_t k = 0; k < K; ++k) {
-    V h[R];
+    V w[C];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) h[r] = V(panel[r * stride + k]);
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      const V w = load(packed + (k * C + c) * kLanes, kLanes);
+    for (int c = 0; c < C; ++c) w[c] = load(packed + c / kPair * pair_size + (k * kPair + c % kPair) * kLanes, kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r][c] = fma(h[r], w, sum[r][c]);
+    for (int r = 0; r < R; ++r) {
+      const V h(row[r][k]);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[r][c] = fma(h, w[c], sum[r][c]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(acc + (r * C + c) * kLanes, sum[r][c], kLanes);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(sums + r * row_sums + c * kLanes, sum[r][c], kLanes);
 }
 
 template <class S>
-using ProductTile = void (*)(const S* panel, int64_t stride, const S* packed, int64_t K, S* acc);
+using ProductTile = void (*)(const S* panel, int64_t stride, const S* packed, int64_t pair_size, int64_t K, bool add,
+                             S* sums, int64_t row_sums);
 
-template <class S, int R>
-ProductTile<S> product_of_columns(int64_t columns) {
-  constexpr ProductTile<S> kTiles[kMaxColumns] = {product_tile<S, R, 1>, product_tile<S, R, 2>, product_tile<S, R, 3>,
-                                                  product_tile<S, R, 4>};
-  return kTiles[columns - 1];
+// Pairs of columns of a tile of R rows: as many as fill the registers (16, with AVX-512 32) with sums, beside one
+// weight or broadcast each.
+constexpr int tile_pairs(int rows) {
+#if defined(__AVX512F__)
+  return rows <= 2 ? 4 : 2;
+#else
+  return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+#endif
 }
 
-// acc [rows, columns of the block, lanes] = panel rows * block. `stride`: elements between rows of the panel.
+template <class S, int R, int P>
+ProductTile<S> tile_of_pairs(int64_t pairs) {
+  if constexpr (P == 1)
+    return product_tile<S, R, 1>;
+  else
+    return pairs >= P ? product_tile<S, R, P> : tile_of_pairs<S, R, P - 1>(pairs);
+}
 template <class S>
-FASTRNN_INLINE void product(const S* panel, int64_t stride, int64_t rows, const S* packed, const PackedShape& s,
-                            int64_t block, S* acc) {
-  const int64_t columns = s.vectors_in(block) * s.gates;
-  ProductTile<S> tile;
+ProductTile<S> tile_of(int64_t rows, int64_t pairs) {
   switch (rows) {
     case 1:
-      tile = product_of_columns<S, 1>(columns);
-      break;
+      return tile_of_pairs<S, 1, tile_pairs(1)>(pairs);
     case 2:
-      tile = product_of_columns<S, 2>(columns);
-      break;
-#if defined(__AVX512F__)
+      return tile_of_pairs<S, 2, tile_pairs(2)>(pairs);
     case 3:
-      tile = product_of_columns<S, 3>(columns);
-      break;
+      return tile_of_pairs<S, 3, tile_pairs(3)>(pairs);
     case 4:
-      tile = product_of_columns<S, 4>(columns);
-      break;
+      return tile_of_pairs<S, 4, tile_pairs(4)>(pairs);
     case 5:
-      tile = product_of_columns<S, 5>(columns);
-      break;
-#endif
+      return tile_of_pairs<S, 5, tile_pairs(5)>(pairs);
     default:
-      tile = product_of_columns<S, kMaxRows>(columns);
+      return tile_of_pairs<S, 6, tile_pairs(6)>(pairs);
   }
-  tile(panel, stride, packed + s.offset(block), s.K, acc);
 }
 
-// Rows [first, last) in tiles of near equal size.
+// Rows [first, last) in parts of at most `most`, of near equal size: f(begin, rows).
 template <class F>
-FASTRNN_INLINE void for_tiles(int64_t first, int64_t last, F f) {
-  const int64_t rows = last - first, tiles = ceil_div(rows, kMaxRows);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t begin = first + rows * i / tiles;
-    f(begin, first + rows * (i + 1) / tiles - begin);
+FASTRNN_INLINE void for_parts(int64_t first, int64_t last, int64_t most, F f) {
+  const int64_t rows = last - first, parts = ceil_div(rows, most);
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t begin = first + rows * i / parts;
+    f(begin, first + rows * (i + 1) / parts - begin);
+  }
+}
+
+// sums = rows of the panel times blocks [begin, end) of a packed matrix; at most kMaxRunRows and kMaxRunPairs.
+template <class S>
+void product(const S* panel, int64_t stride, int64_t rows, const S* packed, const PackedShape& s, int64_t begin,
+             int64_t end, S* sums) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  const int64_t pairs = (end - begin) * s.block_pairs(), row_sums = s.columns(begin, end) * kLanes;
+  packed += begin * s.block_pairs() * s.pair_size();
+  const int64_t most_rows = rows < kMaxRows ? rows : kMaxRows;
+  const int64_t step = tile_pairs(static_cast<int>(most_rows));
+  const int64_t chunk = rows <= kMaxRows ? s.K : kChunk;
+  for (int64_t pair = 0; pair < pairs; pair += step) {
+    const int64_t now = pairs - pair < step ? pairs - pair : step;
+    for (int64_t k = 0; k < s.K; k += chunk) {
+      const int64_t K = s.K - k < chunk ? s.K - k : chunk;
+      for_parts(0, rows, kMaxRows, [&](int64_t first, int64_t count) {
+        tile_of<S>(count, now)(panel + first * stride + k, stride, packed + pair * s.pair_size() + k * kPair * kLanes,
+                               s.pair_size(), K, k > 0, sums + first * row_sums + pair * kPair * kLanes, row_sums);
+      });
+    }
+  }
+}
+
+// sums as of `product`, from weight [gates, units, K] where it lies.
+template <class T>
+void product_direct(const Compute<T>* panel, int64_t stride, int64_t rows, const T* weight, const PackedShape& s,
+                    int64_t begin, int64_t end, Compute<T>* sums) {
+  using S = Compute<T>;
+  using V = Vec<S>;
+  constexpr int kLanes = V::kLanes;
+  const int64_t vectors = s.vectors_in(begin, end), row_sums = s.columns(begin, end) * kLanes;
+  const int64_t whole = s.K / kLanes * kLanes;
+  const int rest = static_cast<int>(s.K - whole);
+  for (int64_t column = 0; column < vectors * s.gates; ++column) {
+    const int64_t g = column % s.gates, j = (s.first_vector(begin) + column / s.gates) * kLanes;
+    const T* row[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane)  // behind the last unit: that unit again
+      row[lane] = weight + (g * s.units + (j + lane < s.units ? j + lane : s.units - 1)) * s.K;
+    for (int64_t b = 0; b < rows; ++b) {
+      const S* h = panel + b * stride;
+      V sum[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) sum[lane] = V(S(0));
+      for (int64_t k = 0; k < whole; k += kLanes) {
+        const V x = load(h + k, kLanes);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(load(row[lane] + k, kLanes), x, sum[lane]);
+      }
+      if (rest) {
+        const V x = load(h + whole, rest);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(load(row[lane] + whole, rest), x, sum[lane]);
+      }
+      transpose<S>(sum);
+      for (int n = kLanes / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) sum[i] = sum[i] + sum[i + n];
+      store(sums + b * row_sums + column * kLanes, sum[0], kLanes);
+    }
   }
 }
 

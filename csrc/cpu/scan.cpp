@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <deque>
 #include <stdexcept>
 
 #include "kernels.h"
@@ -51,16 +52,31 @@ std::atomic<const CpuKernels*>& active() {
 // Below this many multiply-adds in the recurrence a second thread costs more than it brings (waking one takes
 // about 5 us, in which one core does 200 thousand).
 constexpr int64_t kMinWorkPerThread = 400000;
+// A team meets after every step, which costs it about 0.3 us: with fewer multiply-adds per step it does not pay.
+constexpr int64_t kMinStepPerMember = 16000;
+// Fewer rows than this per thread use the weights too seldom: threads share the hidden units instead, and each
+// keeps its part of the weights in its own cache.
+constexpr int64_t kMinRowsPerThread = 16;
+// Packing costs about as much as two steps; a product with this few rows is as fast on the weights as they lie.
+constexpr int64_t kMaxDirectRows = 1, kMaxDirectSteps = 2, kMaxDirectStepRows = 4;
 
-struct Rows {
-  int64_t d, begin, end;
-};
+template <class Args>
+CpuPlan choose(const PassKernels<Args>& kernels, const ScanShape& a) {
+  CpuPlan plan;
+  plan.packed = a.B > kMaxDirectRows && (a.T > kMaxDirectSteps || a.B > kMaxDirectStepRows);
+  const int64_t step = a.B * kCells[static_cast<int>(a.cell)].gates * a.H * a.P;  // of the longest step of a group
+  const int64_t work = step / std::max<int64_t>(a.B, 1) * a.N * a.D;
+  const int64_t useful = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / kMinWorkPerThread);
+  const int64_t threads = (useful + a.D - 1) / a.D;  // of one group
+  plan.members = 1;
+  if (!a.batch_sizes && !a.projected && a.B < kMinRowsPerThread * threads)
+    plan.members = std::max<int64_t>(1, std::min({threads, step / kMinStepPerMember, kernels.unit_blocks(a)}));
+  plan.ranges = plan.members > 1 ? 1 : std::max<int64_t>(1, std::min(threads, a.B));
+  return plan;
+}
 
-// Ranges of rows of near equal length in time steps, as many as there are threads to share among the groups.
-std::vector<Rows> divide(const ScanShape& a) {
-  const int64_t work = a.N * a.D * kCells[static_cast<int>(a.cell)].gates * a.H * a.P;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / kMinWorkPerThread);
-  const int64_t parts = std::max<int64_t>(1, std::min((threads + a.D - 1) / a.D, a.B));
+// Bounds of ranges of rows of near equal length in time steps.
+std::vector<int64_t> row_bounds(const ScanShape& a, int64_t ranges) {
   std::vector<int64_t> bounds = {0};
   if (a.batch_sizes) {
     int64_t steps = 0, b = 0;  // rows are sorted by length, longest first: b falls as t falls
@@ -69,33 +85,56 @@ std::vector<Rows> divide(const ScanShape& a) {
       for (; b < a.batch_sizes[t]; ++b) length[static_cast<size_t>(b)] = t + 1;
     for (b = 0; b < a.B; ++b) {
       steps += length[static_cast<size_t>(b)];
-      if (steps * parts >= a.N * static_cast<int64_t>(bounds.size())) bounds.push_back(b + 1);
+      if (steps * ranges >= a.N * static_cast<int64_t>(bounds.size())) bounds.push_back(b + 1);
     }
   } else {
-    for (int64_t i = 1; i <= parts; ++i) bounds.push_back(a.B * i / parts);
+    for (int64_t i = 1; i <= ranges; ++i) bounds.push_back(a.B * i / ranges);
   }
   bounds.back() = a.B;
-  std::vector<Rows> ranges;
-  for (size_t i = 1; i < bounds.size(); ++i)
-    for (int64_t d = 0; d < a.D; ++d) ranges.push_back({d, bounds[i - 1], bounds[i]});
-  return ranges;
+  return bounds;
+}
+
+template <class Args>
+void run_by_rows(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch) {
+  const std::vector<int64_t> bounds = row_bounds(args, plan.ranges);
+  const int64_t count = args.D * static_cast<int64_t>(bounds.size() - 1);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const size_t range = static_cast<size_t>(i / args.D);
+      kernels.run(args, plan, scratch, {i % args.D, bounds[range], bounds[range + 1]});
+    }
+  });
+}
+
+template <class Args>
+void run_by_units(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch) {
+  std::deque<Team> teams;
+  for (int64_t d = 0; d < args.D; ++d) teams.emplace_back(static_cast<int>(plan.members));
+  torch::stable::parallel_for(0, args.D * plan.members, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t d = i / plan.members;
+      Team& team = teams[static_cast<size_t>(d)];
+      const int member = team.join();
+      if (member >= 0) kernels.run(args, plan, scratch, {d, 0, args.B, member, &team});
+    }
+  });
 }
 
 template <class Args>
 void run(const PassKernels<Args>& kernels, const Args& args, const AllocateScratch& allocate) {
   if (args.N == 0) return;
-  char* scratch = allocate(kernels.scratch_bytes(args));
-  const std::vector<Rows> ranges = divide(args);
-  const int64_t blocks = kernels.pack_blocks(args), count = static_cast<int64_t>(ranges.size());
-  torch::stable::parallel_for(0, blocks, count > 1 ? 1 : blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) kernels.pack(args, scratch, block);
-  });
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Rows& rows = ranges[static_cast<size_t>(i)];
-      kernels.rows(args, scratch, rows.d, rows.begin, rows.end);
-    }
-  });
+  const CpuPlan plan = choose(kernels, args);
+  char* scratch = allocate(kernels.scratch_bytes(args, plan));
+  const int64_t blocks = kernels.pack_blocks(args, plan);
+  const bool threads = args.D * plan.members * plan.ranges > 1;
+  if (blocks > 0)
+    torch::stable::parallel_for(0, blocks, threads ? 1 : blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) kernels.pack(args, plan, scratch, block);
+    });
+  if (plan.members > 1)
+    run_by_units(kernels, args, plan, scratch);
+  else
+    run_by_rows(kernels, args, plan, scratch);
 }
 
 }  // namespace

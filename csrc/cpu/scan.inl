@@ -1,11 +1,12 @@
 // The CPU pass, forward and backward, built once per instruction set (scan_base.cpp, scan_avx2.cpp, scan_avx512.cpp).
 //
 // Computes   the cells of csrc/cells.h along time, each step's product fused with the cell's arithmetic
-// Work       one call of `rows`: one group, a range of rows, all time steps
-// Memory     weights packed once per pass; state of the rows in `Compute` panels, which hold exactly the values that
-//            were stored; every output written once
+// Work       one call of `run`: one group, all time steps, a range of rows or of hidden units
+// Memory     weights packed once per pass, or read where they lie; state of the rows in `Compute` panels, which hold
+//            exactly the values that were stored; every output written once
 // Requires   what csrc/scan.h says; scratch of scratch_bytes(), aligned to 64
-// Order      none between ranges of rows; within a row every sum runs in a fixed order
+// Order      none between ranges of rows; a barrier after every step between ranges of units; every sum runs in an
+//            order that the division of the work does not change
 #include <cstddef>
 
 #include "kernels.h"
@@ -46,12 +47,12 @@ struct ForwardScratch {
   S *h[2], *c, *m;           // panels [D, B, stride]: h before and after a step, c, o tanh(c) before its projection
   size_t bytes;
 
-  ForwardScratch(const ScanShape& a, int gates, char* base)
+  ForwardScratch(const ScanShape& a, const CpuPlan& plan, int gates, char* base)
       : hh{a.H, gates, a.P, Vec<S>::kLanes}, hr{a.P, 1, a.H, Vec<S>::kLanes} {
     Arena arena(base);
     h_stride = panel_stride<S>(a.P), c_stride = panel_stride<S>(a.H);
-    packed_hh = arena.take<S>(a.D * hh.size());
-    packed_hr = arena.take<S>(a.projected ? a.D * hr.size() : 0);
+    packed_hh = arena.take<S>(plan.packed ? a.D * hh.size() : 0);
+    packed_hr = arena.take<S>(plan.packed && a.projected ? a.D * hr.size() : 0);
     for (S*& panel : h) panel = arena.take<S>(a.D * a.B * h_stride);
     c = arena.take<S>(a.D * a.B * c_stride);
     m = arena.take<S>(a.projected ? a.D * a.B * c_stride : 0);
@@ -90,14 +91,38 @@ T* at(void* array, int64_t index) {
   return array ? static_cast<T*>(array) + index : nullptr;
 }
 
-// target[0..width) = source[0..width), or zeros; panels take and give storage values.
+// A range of blocks of units, and of the units: the share of a member of a team, or all of them.
+struct Part {
+  int64_t begin, end, first, last;
+
+  Part(const PackedShape& shape, const Share& share) {
+    const int64_t members = share.team ? share.team->size() : 1;
+    begin = shape.blocks() * share.member / members, end = shape.blocks() * (share.member + 1) / members;
+    first = shape.first_vector(begin) * shape.lanes;
+    last = first + shape.vectors_in(begin, end) * shape.lanes;
+    if (last > shape.units) last = shape.units;
+  }
+  explicit Part(int64_t units) : begin(0), end(0), first(0), last(units) {}
+};
+
+// The units of a part from one array to another, or zeros; panels take and give storage values.
 template <class To, class From>
-void copy_row(const From* source, int64_t width, To* target) {
+void copy_row(const From* source, const Part& part, To* target) {
   using V = Vec<Compute<To>>;
-  for (int64_t j = 0; j < width; j += V::kLanes) {
-    const int n = width - j < V::kLanes ? static_cast<int>(width - j) : V::kLanes;
+  for (int64_t j = part.first; j < part.last; j += V::kLanes) {
+    const int n = part.last - j < V::kLanes ? static_cast<int>(part.last - j) : V::kLanes;
     store(target + j, source ? load(source + j, n) : V(Compute<To>(0)), n);
   }
+}
+
+// Calls f(first row, rows, first block, behind the last block) for runs that cover rows [b_begin, b_end) of blocks
+// [begin, end).
+template <class F>
+void runs(const PackedShape& shape, int64_t begin, int64_t end, int64_t b_begin, int64_t b_end, F f) {
+  const int64_t most = shape.run_blocks();
+  for (int64_t block = begin; block < end; block += most)
+    for_parts(b_begin, b_end, kMaxRunRows,
+              [&](int64_t b, int64_t rows) { f(b, rows, block, end - block < most ? end : block + most); });
 }
 
 template <class Cell, class T>
@@ -106,15 +131,19 @@ struct Forward {
   using V = Vec<S>;
   static constexpr int G = Cell::kGates, A = Cell::kSaved, R = Cell::kOwn, kLanes = V::kLanes;
 
-  static size_t scratch_bytes(const ScanShape& a) { return ForwardScratch<S>(a, G, nullptr).bytes; }
-
-  static int64_t pack_blocks(const ScanShape& a) {
-    const ForwardScratch<S> s(a, G, nullptr);
-    return a.D * (s.hh.blocks() + (a.projected ? s.hr.blocks() : 0));
+  static size_t scratch_bytes(const ScanShape& a, const CpuPlan& p) {
+    return ForwardScratch<S>(a, p, G, nullptr).bytes;
   }
 
-  static void pack(const ScanArgs& a, char* scratch, int64_t index) {
-    const ForwardScratch<S> s(a, G, scratch);
+  static int64_t pack_blocks(const ScanShape& a, const CpuPlan& p) {
+    const ForwardScratch<S> s(a, p, G, nullptr);
+    return p.packed ? a.D * (s.hh.blocks() + (a.projected ? s.hr.blocks() : 0)) : 0;
+  }
+
+  static int64_t unit_blocks(const ScanShape& a) { return PackedShape{a.H, G, a.P, kLanes}.blocks(); }
+
+  static void pack(const ScanArgs& a, const CpuPlan& p, char* scratch, int64_t index) {
+    const ForwardScratch<S> s(a, p, G, scratch);
     const int64_t d = index % a.D, block = index / a.D;
     if (block < s.hh.blocks())
       pack_rows(at<T>(a.weight_hh, d * G * a.H * a.P), s.hh, block, s.packed_hh + d * s.hh.size());
@@ -122,73 +151,99 @@ struct Forward {
       pack_rows(at<T>(a.weight_hr, d * a.P * a.H), s.hr, block - s.hh.blocks(), s.packed_hr + d * s.hr.size());
   }
 
+  static void run(const ScanArgs& args, const CpuPlan& p, char* scratch, const Share& share) {
+    Forward(args, p, scratch, share).run();
+  }
+
   const ScanArgs& a;
+  const CpuPlan& plan;
+  const Share& share;
   const ForwardScratch<S> s;
   const int64_t d;
-  int now = 0;  // h[now] enters the step, h[1 - now] leaves it
-  alignas(64) S acc[kMaxRows * kMaxColumns * kLanes];
+  const Part units;  // this thread's blocks of units, and the units
+  int now = 0;       // h[now] enters the step, h[1 - now] leaves it
+  RunSums<S> sums;
 
-  Forward(const ScanArgs& args, char* scratch, int64_t group) : a(args), s(args, G, scratch), d(group) {}
-
-  static void rows(const ScanArgs& args, char* scratch, int64_t d, int64_t b_begin, int64_t b_end) {
-    Forward(args, scratch, d).run(b_begin, b_end);
-  }
+  Forward(const ScanArgs& args, const CpuPlan& p, char* scratch, const Share& part)
+      : a(args), plan(p), share(part), s(args, p, G, scratch), d(part.d), units(s.hh, part) {}
 
   S* h_row(int panel, int64_t b) const { return s.h[panel] + (d * a.B + b) * s.h_stride; }
   S* c_row(int64_t b) const { return s.c + (d * a.B + b) * s.c_stride; }
   S* m_row(int64_t b) const { return s.m + (d * a.B + b) * s.c_stride; }
 
-  void run(int64_t b_begin, int64_t b_end) {
-    int64_t n = b_begin;  // rows [b_begin, n) are in the recurrence
+  void run() {
+    int64_t n = share.b_begin;  // rows [b_begin, n) are in the recurrence
     for (int64_t step = 0; step < a.T; ++step) {
       const int64_t t = a.reversed(d) ? a.T - 1 - step : step;
-      const int64_t active = a.active(t) < b_end ? a.active(t) : b_end;
+      const int64_t active = a.active(t) < share.b_end ? a.active(t) : share.b_end;
       for (; n < active; ++n) enter(n);
-      for (; n > active && n > b_begin; --n) leave(n - 1);
-      if (n == b_begin) continue;
-      for (int64_t block = 0; block < s.hh.blocks(); ++block)
-        for_tiles(b_begin, n, [&](int64_t b, int64_t rows) {
-          product(h_row(now, b), s.h_stride, rows, s.packed_hh + d * s.hh.size(), s.hh, block, acc);
-          cell_tile(t, b, rows, block);
-        });
-      for (int64_t block = 0; a.projected && block < s.hr.blocks(); ++block)
-        for_tiles(b_begin, n, [&](int64_t b, int64_t rows) {
-          product(m_row(b), s.c_stride, rows, s.packed_hr + d * s.hr.size(), s.hr, block, acc);
-          projection_tile(t, b, rows, block);
+      for (; n > active && n > share.b_begin; --n) leave(n - 1);
+      if (n == share.b_begin) continue;
+      if (share.team) share.team->barrier();  // every unit of h[now] is there, and nobody reads h[1 - now] any more
+      runs(s.hh, units.begin, units.end, share.b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+        multiply(h_row(now, b), s.h_stride, rows, a.weight_hh, s.packed_hh, s.hh, begin, end);
+        cell_run(t, b, rows, begin, end);
+      });
+      if (a.projected)
+        runs(s.hr, 0, s.hr.blocks(), share.b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+          multiply(m_row(b), s.c_stride, rows, a.weight_hr, s.packed_hr, s.hr, begin, end);
+          projection_run(t, b, rows, begin, end);
         });
       now = 1 - now;
     }
-    for (; n > b_begin; --n) leave(n - 1);
+    for (; n > share.b_begin; --n) leave(n - 1);
+  }
+
+  void multiply(const S* panel, int64_t stride, int64_t rows, const void* weight, const S* packed,
+                const PackedShape& shape, int64_t begin, int64_t end) {
+    if (plan.packed)
+      product(panel, stride, rows, packed + d * shape.size(), shape, begin, end, sums.data);
+    else
+      product_direct(panel, stride, rows, at<T>(weight, d * shape.gates * shape.units * shape.K), shape, begin, end,
+                     sums.data);
   }
 
   void enter(int64_t b) {
-    copy_row(at<T>(a.h0, (d * a.B + b) * a.P), a.P, h_row(now, b));
-    if (Cell::kHasC) copy_row(at<T>(a.c0, (d * a.B + b) * a.H), a.H, c_row(b));
+    const Part h = a.projected ? Part(a.P) : units;
+    copy_row(at<T>(a.h0, (d * a.B + b) * a.P), h, h_row(now, b));
+    if (Cell::kHasC) copy_row(at<T>(a.c0, (d * a.B + b) * a.H), units, c_row(b));
   }
 
   void leave(int64_t b) {
-    copy_row<T, S>(h_row(now, b), a.P, at<T>(a.h_n, (d * a.B + b) * a.P));
-    if (Cell::kHasC) copy_row<T, S>(c_row(b), a.H, at<T>(a.c_n, (d * a.B + b) * a.H));
+    const Part h = a.projected ? Part(a.P) : units;
+    copy_row<T, S>(h_row(now, b), h, at<T>(a.h_n, (d * a.B + b) * a.P));
+    if (Cell::kHasC) copy_row<T, S>(c_row(b), units, at<T>(a.c_n, (d * a.B + b) * a.H));
   }
 
-  void cell_tile(int64_t t, int64_t b0, int64_t rows, int64_t block) {
-    const int64_t vectors = s.hh.vectors_in(block);
+  V bias_of(const void* bias, int k, int64_t j, int n) const {
+    return bias ? load(at<T>(bias, (d * G + k) * a.H + j), n) : V(S(0));
+  }
+
+  void cell_run(int64_t t, int64_t b0, int64_t rows, int64_t begin, int64_t end) {
+    const int64_t vectors = s.hh.vectors_in(begin, end), row_sums = s.hh.columns(begin, end) * kLanes;
     for (int64_t u = 0; u < vectors; ++u) {
-      const int64_t j = (s.hh.first_vector(block) + u) * kLanes;
+      const int64_t j = (s.hh.first_vector(begin) + u) * kLanes;
       const int n = a.H - j < kLanes ? static_cast<int>(a.H - j) : kLanes;
-      V bias[R + 1];
-      for (int k = 0; k < R; ++k) bias[k] = a.bias_own ? load(at<T>(a.bias_own, (d * R + k) * a.H + j), n) : V(S(0));
+      V bias[G], bias_own[R + 1];  // of x, and of r in the last R gates
+      for (int k = 0; k < G; ++k) {
+        bias[k] = bias_of(a.bias_ih, k, j, n);
+        const V recurrent = bias_of(a.bias_hh, k, j, n);
+        if (k < G - R)
+          bias[k] = bias[k] + recurrent;
+        else
+          bias_own[k - (G - R)] = recurrent;
+      }
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t b = b0 + i, row = a.row(t, b) * a.D + d;
         V x[G], r[G], saved[A + 1];
         const T* gates = at<T>(a.gates, row * G * a.H + j);
         for (int k = 0; k < G; ++k) {
-          x[k] = load(gates + k * a.H, n);
-          r[k] = load(acc + ((i * vectors + u) * G + k) * kLanes, kLanes);
+          x[k] = load(gates + k * a.H, n) + bias[k];
+          r[k] = load(sums.data + i * row_sums + (u * G + k) * kLanes, kLanes);
         }
-        for (int k = 0; k < R; ++k) r[G - R + k] = r[G - R + k] + bias[k];
+        for (int k = 0; k < R; ++k) r[G - R + k] = r[G - R + k] + bias_own[k];
         V h = a.projected ? V(S(0)) : load(h_row(now, b) + j, kLanes);
-        V c = load(c_row(b) + j, kLanes);
+        V c = Cell::kHasC ? load(c_row(b) + j, kLanes) : V(S(0));
         Cell::forward(x, r, h, c, saved);
         if (Cell::kHasC) {
           store(c_row(b) + j, c, kLanes);
@@ -204,13 +259,13 @@ struct Forward {
     }
   }
 
-  void projection_tile(int64_t t, int64_t b0, int64_t rows, int64_t block) {
-    const int64_t vectors = s.hr.vectors_in(block);
+  void projection_run(int64_t t, int64_t b0, int64_t rows, int64_t begin, int64_t end) {
+    const int64_t vectors = s.hr.vectors_in(begin, end), row_sums = s.hr.columns(begin, end) * kLanes;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t u = 0; u < vectors; ++u) {
-        const int64_t b = b0 + i, row = a.row(t, b) * a.D + d, j = (s.hr.first_vector(block) + u) * kLanes;
+        const int64_t b = b0 + i, row = a.row(t, b) * a.D + d, j = (s.hr.first_vector(begin) + u) * kLanes;
         const int n = a.P - j < kLanes ? static_cast<int>(a.P - j) : kLanes;
-        const V h = load(acc + (i * vectors + u) * kLanes, kLanes);
+        const V h = load(sums.data + i * row_sums + u * kLanes, kLanes);
         store(h_row(1 - now, b) + j, store(at<T>(a.output, row * a.P + j), h, n), kLanes);
       }
   }
@@ -248,18 +303,21 @@ auto with_cell(const ScanShape& a, F f) {
 template <template <class, class> class Pass, class Args>
 constexpr PassKernels<Args> pass_kernels() {
   return {
-      [](const ScanShape& a) {
-        return with_cell<Pass>(a, [&](auto* pass) { return std::remove_pointer_t<decltype(pass)>::scratch_bytes(a); });
+      [](const ScanShape& a, const CpuPlan& p) {
+        return with_cell<Pass>(a,
+                               [&](auto* pass) { return std::remove_pointer_t<decltype(pass)>::scratch_bytes(a, p); });
+      },
+      [](const ScanShape& a, const CpuPlan& p) {
+        return with_cell<Pass>(a, [&](auto* pass) { return std::remove_pointer_t<decltype(pass)>::pack_blocks(a, p); });
       },
       [](const ScanShape& a) {
-        return with_cell<Pass>(a, [&](auto* pass) { return std::remove_pointer_t<decltype(pass)>::pack_blocks(a); });
+        return with_cell<Pass>(a, [&](auto* pass) { return std::remove_pointer_t<decltype(pass)>::unit_blocks(a); });
       },
-      [](const Args& a, char* scratch, int64_t block) {
-        with_cell<Pass>(a, [&](auto* pass) { std::remove_pointer_t<decltype(pass)>::pack(a, scratch, block); });
+      [](const Args& a, const CpuPlan& p, char* scratch, int64_t block) {
+        with_cell<Pass>(a, [&](auto* pass) { std::remove_pointer_t<decltype(pass)>::pack(a, p, scratch, block); });
       },
-      [](const Args& a, char* scratch, int64_t d, int64_t b_begin, int64_t b_end) {
-        with_cell<Pass>(
-            a, [&](auto* pass) { std::remove_pointer_t<decltype(pass)>::rows(a, scratch, d, b_begin, b_end); });
+      [](const Args& a, const CpuPlan& p, char* scratch, const Share& share) {
+        with_cell<Pass>(a, [&](auto* pass) { std::remove_pointer_t<decltype(pass)>::run(a, p, scratch, share); });
       }};
 }
 

@@ -7,14 +7,16 @@ struct Backward {
   using V = Vec<S>;
   static constexpr int G = Cell::kGates, A = Cell::kSaved, R = Cell::kOwn, kLanes = V::kLanes;
 
-  static size_t scratch_bytes(const ScanShape& a) { return BackwardScratch<S>(a, G, nullptr).bytes; }
+  static size_t scratch_bytes(const ScanShape& a, const CpuPlan&) { return BackwardScratch<S>(a, G, nullptr).bytes; }
 
-  static int64_t pack_blocks(const ScanShape& a) {
+  static int64_t pack_blocks(const ScanShape& a, const CpuPlan&) {
     const BackwardScratch<S> s(a, G, nullptr);
     return a.D * (s.hh.blocks() + (a.projected ? s.hr.blocks() : 0));
   }
 
-  static void pack(const ScanBackwardArgs& a, char* scratch, int64_t index) {
+  static int64_t unit_blocks(const ScanShape& a) { return PackedShape{a.P, 1, G * a.H, kLanes}.blocks(); }
+
+  static void pack(const ScanBackwardArgs& a, const CpuPlan&, char* scratch, int64_t index) {
     const BackwardScratch<S> s(a, G, scratch);
     const int64_t d = index % a.D, block = index / a.D;
     if (block < s.hh.blocks())
@@ -23,28 +25,32 @@ struct Backward {
       pack_columns(at<T>(a.weight_hr, d * a.P * a.H), s.hr, block - s.hh.blocks(), s.packed_hr + d * s.hr.size());
   }
 
+  static void run(const ScanBackwardArgs& args, const CpuPlan&, char* scratch, const Share& share) {
+    Backward(args, scratch, share).run();
+  }
+
   const ScanBackwardArgs& a;
+  const Share& share;
   const BackwardScratch<S> s;
   const int64_t d;
-  int now = 0;  // dr[now] comes from the step run before, dr[1 - now] is this step's
-  alignas(64) S acc[kMaxRows * kMaxColumns * kLanes];
+  const Part units;  // this thread's blocks of units, and the units (of h, in a projected pass)
+  int now = 0;       // dr[now] comes from the step run before, dr[1 - now] is this step's
+  RunSums<S> sums;
 
-  Backward(const ScanBackwardArgs& args, char* scratch, int64_t group) : a(args), s(args, G, scratch), d(group) {}
-
-  static void rows(const ScanBackwardArgs& args, char* scratch, int64_t d, int64_t b_begin, int64_t b_end) {
-    Backward(args, scratch, d).run(b_begin, b_end);
-  }
+  Backward(const ScanBackwardArgs& args, char* scratch, const Share& part)
+      : a(args), share(part), s(args, G, scratch), d(part.d), units(s.hh, part) {}
 
   S* dr_row(int panel, int64_t b) const { return s.dr[panel] + (d * a.B + b) * s.dr_stride; }
   S* dh_row(int64_t b) const { return s.dh + (d * a.B + b) * s.dh_stride; }
   S* dc_row(int64_t b) const { return s.dc + (d * a.B + b) * s.dh_stride; }
   S* dp_row(int64_t b) const { return s.dp + (d * a.B + b) * s.dp_stride; }
 
-  void run(int64_t b_begin, int64_t b_end) {
+  void run() {
+    const int64_t b_begin = share.b_begin;
     int64_t n = b_begin;  // rows [b_begin, n) took part in the step run before
     for (int64_t step = a.T - 1; step >= 0; --step) {
       const int64_t t = a.reversed(d) ? a.T - 1 - step : step;
-      int64_t active = a.active(t) < b_end ? a.active(t) : b_end;
+      int64_t active = a.active(t) < share.b_end ? a.active(t) : share.b_end;
       if (active < b_begin) active = b_begin;
       if (n > active) {
         leave(active, n);
@@ -52,20 +58,23 @@ struct Backward {
       }
       for (int64_t b = n; b < active; ++b) enter(b);
       if (a.projected) {
-        for (int64_t block = 0; block < s.hh.blocks(); ++block) {
-          products(b_begin, n, s.hh, block, [&](int64_t b, int64_t rows) { projected_tile(t, b, rows, block, true); });
-          for_tiles(n, active, [&](int64_t b, int64_t rows) { projected_tile(t, b, rows, block, false); });
-        }
-        for (int64_t block = 0; block < s.hr.blocks(); ++block)
-          for_tiles(b_begin, active, [&](int64_t b, int64_t rows) {
-            product(dp_row(b), s.dp_stride, rows, s.packed_hr + d * s.hr.size(), s.hr, block, acc);
-            cell_tile(t, b, rows, s.hr, block, true);
-          });
+        products(b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+          projected_run(t, b, rows, begin, end, true);
+        });
+        runs(s.hh, units.begin, units.end, n, active, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+          projected_run(t, b, rows, begin, end, false);
+        });
+        runs(s.hr, 0, s.hr.blocks(), b_begin, active, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+          product(dp_row(b), s.dp_stride, rows, s.packed_hr + d * s.hr.size(), s.hr, begin, end, sums.data);
+          cell_run(t, b, rows, s.hr, begin, end, true);
+        });
       } else {
-        for (int64_t block = 0; block < s.hh.blocks(); ++block) {
-          products(b_begin, n, s.hh, block, [&](int64_t b, int64_t rows) { cell_tile(t, b, rows, s.hh, block, true); });
-          for_tiles(n, active, [&](int64_t b, int64_t rows) { cell_tile(t, b, rows, s.hh, block, false); });
-        }
+        products(b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+          cell_run(t, b, rows, s.hh, begin, end, true);
+        });
+        runs(s.hh, units.begin, units.end, n, active, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+          cell_run(t, b, rows, s.hh, begin, end, false);
+        });
       }
       n = active;
       now = 1 - now;
@@ -73,48 +82,52 @@ struct Backward {
     leave(b_begin, n);
   }
 
-  // acc = dr of the step run before * weight_hh, tile by tile
+  // sums = dr of the step run before * weight_hh, run by run
   template <class F>
-  void products(int64_t first, int64_t last, const PackedShape& shape, int64_t block, F finish) {
-    for_tiles(first, last, [&](int64_t b, int64_t rows) {
-      product(dr_row(now, b), s.dr_stride, rows, s.packed_hh + d * s.hh.size(), shape, block, acc);
-      finish(b, rows);
+  void products(int64_t first, int64_t last, F finish) {
+    if (first == last) return;
+    if (share.team) share.team->barrier();  // every unit of dr[now] is there, and nobody reads dr[1 - now] any more
+    runs(s.hh, units.begin, units.end, first, last, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+      product(dr_row(now, b), s.dr_stride, rows, s.packed_hh + d * s.hh.size(), s.hh, begin, end, sums.data);
+      finish(b, rows, begin, end);
     });
   }
 
   void enter(int64_t b) {
-    copy_row(at<T>(a.dh_n, (d * a.B + b) * a.P), a.P, a.projected ? dp_row(b) : dh_row(b));
-    if (Cell::kHasC) copy_row(at<T>(a.dc_n, (d * a.B + b) * a.H), a.H, dc_row(b));
+    copy_row(at<T>(a.dh_n, (d * a.B + b) * a.P), units, a.projected ? dp_row(b) : dh_row(b));
+    if (Cell::kHasC) copy_row(at<T>(a.dc_n, (d * a.B + b) * a.H), cell_units(), dc_row(b));
   }
+
+  Part cell_units() const { return a.projected ? Part(a.H) : units; }
 
   // Rows [first, last) have run their first step: the gradients of their initial states.
   void leave(int64_t first, int64_t last) {
     for (int64_t b = first; Cell::kHasC && a.dc0 && b < last; ++b)
-      copy_row<T, S>(dc_row(b), a.H, at<T>(a.dc0, (d * a.B + b) * a.H));
-    for (int64_t block = 0; a.dh0 && block < s.hh.blocks(); ++block)
-      products(first, last, s.hh, block, [&](int64_t b0, int64_t rows) {
-        for_vectors(s.hh, block, rows, [&](int64_t i, int64_t j, int n, V product) {
+      copy_row<T, S>(dc_row(b), cell_units(), at<T>(a.dc0, (d * a.B + b) * a.H));
+    if (a.dh0)
+      products(first, last, [&](int64_t b0, int64_t rows, int64_t begin, int64_t end) {
+        for_vectors(s.hh, begin, end, rows, [&](int64_t i, int64_t j, int n, V product) {
           const V direct = a.projected ? V(S(0)) : load(dh_row(b0 + i) + j, n);
           store(at<T>(a.dh0, (d * a.B + b0 + i) * a.P + j), product + direct, n);
         });
       });
   }
 
-  // Calls f(row of the tile, first unit, units, sum) for every vector of a tile.
+  // Calls f(row of the run, first unit, units, sum) for every vector of a run.
   template <class F>
-  FASTRNN_INLINE void for_vectors(const PackedShape& shape, int64_t block, int64_t rows, F f) {
-    const int64_t vectors = shape.vectors_in(block);
+  FASTRNN_INLINE void for_vectors(const PackedShape& shape, int64_t begin, int64_t end, int64_t rows, F f) {
+    const int64_t vectors = shape.vectors_in(begin, end), row_sums = shape.columns(begin, end) * kLanes;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t u = 0; u < vectors; ++u) {
-        const int64_t j = (shape.first_vector(block) + u) * kLanes;
+        const int64_t j = (shape.first_vector(begin) + u) * kLanes;
         const int n = shape.units - j < kLanes ? static_cast<int>(shape.units - j) : kLanes;
-        f(i, j, n, load(acc + (i * vectors + u) * kLanes, kLanes));
+        f(i, j, n, load(sums.data + i * row_sums + u * kLanes, kLanes));
       }
   }
 
   // The whole gradient of the projected h: from the next step (or h_n, for a row that enters) and from the output.
-  void projected_tile(int64_t t, int64_t b0, int64_t rows, int64_t block, bool multiplied) {
-    for_vectors(s.hh, block, rows, [&](int64_t i, int64_t j, int n, V product) {
+  void projected_run(int64_t t, int64_t b0, int64_t rows, int64_t begin, int64_t end, bool multiplied) {
+    for_vectors(s.hh, begin, end, rows, [&](int64_t i, int64_t j, int n, V product) {
       const int64_t b = b0 + i, row = a.row(t, b) * a.D + d;
       V dp = multiplied ? product : load(dp_row(b) + j, n);
       if (a.doutput) dp = dp + load(at<T>(a.doutput, row * a.P + j), n);
@@ -123,10 +136,11 @@ struct Backward {
     });
   }
 
-  void cell_tile(int64_t t, int64_t b0, int64_t rows, const PackedShape& shape, int64_t block, bool multiplied) {
+  void cell_run(int64_t t, int64_t b0, int64_t rows, const PackedShape& shape, int64_t begin, int64_t end,
+                bool multiplied) {
     const int64_t t_before = a.reversed(d) ? t + 1 : t - 1;
     const int64_t active_before = t_before >= 0 && t_before < a.T ? a.active(t_before) : 0;
-    for_vectors(shape, block, rows, [&](int64_t i, int64_t j, int n, V product) {
+    for_vectors(shape, begin, end, rows, [&](int64_t i, int64_t j, int n, V product) {
       const int64_t b = b0 + i, row = a.row(t, b) * a.D + d;
       const bool first = b >= active_before;
       const int64_t before = first ? 0 : a.row(t_before, b) * a.D + d;

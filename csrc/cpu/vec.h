@@ -60,7 +60,7 @@ struct Vec {
 
   Vec() = default;
   FASTRNN_INLINE Vec(Type v) : raw(v) {}
-  FASTRNN_INLINE explicit Vec(F s) : raw(Type{} + s) {}
+  FASTRNN_INLINE explicit Vec(F s) : raw(s - Type{}) {}  // x - 0 is x, also for -0: a broadcast and nothing else
 
   friend FASTRNN_INLINE Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
   friend FASTRNN_INLINE Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
