@@ -57,7 +57,7 @@ sanitize: $(VENV)/package.stamp
 	FASTRNN_BUILD=1 FASTRNN_SANITIZE=address,undefined \
 		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)/tests
-	$(SANITIZE_RUN) -m pytest -q -p no:cacheprovider tests/test_scan.py tests/test_errors.py
+	$(SANITIZE_RUN) -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_errors_low_level.py tests/test_errors.py
 	$(SANITIZE_RUN) tests/fuzz.py --n 300
 
 fuzz: build

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/scan_cpu.h"
+#include "tensors.h"
 
 #define FASTRNN_TEXT_(x) #x
 #define FASTRNN_TEXT(x) FASTRNN_TEXT_(x)
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
     }
     return cells;
   });
+  m.def("poison", [](bool on) { fastrnn::poison() = on; }, py::arg("on"));
   m.def("cpu_isas", &fastrnn::cpu_isas);
   m.def("cpu_isa", &fastrnn::cpu_isa);
   m.def("set_cpu_isa", &fastrnn::set_cpu_isa, py::arg("name"));

@@ -18,20 +18,22 @@ class _Layer(nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run the layer over a sequence; see the class for shapes and errors."""
-        self._update_flat_weights()
-        spec = checks.LayerSpec(
-            self.mode.partition("_")[0],
-            self.input_size,
-            self.hidden_size,
-            self.proj_size,
-            self.num_layers,
-            checks.bidirectional(self.bidirectional, self.mode),
-        )
-        weights = cast(list[Tensor], self._flat_weights)
-        return functional.layers(
-            self.mode, spec, input, weights, hx, self.bias, self.batch_first, self.dropout,
-            self.training,
+        spec = checks.layer_spec(
+            self.mode, self.input_size, self.hidden_size, self.proj_size, self.num_layers,
+            self.bidirectional, self.bias,
         )  # fmt: skip
+        return functional.layers(
+            spec, input, self._weights(), hx, self.batch_first, self.dropout, self.training
+        )
+
+    def _weights(self) -> list[Tensor]:
+        """The weights as they are now: Parameters, or what stands in their place (parametrizations,
+        functional_call, plain tensors set as attributes)."""
+        parameters, names = self._parameters, self._flat_weights_names
+        try:
+            return [cast(Tensor, parameters[name]) for name in names]
+        except KeyError:
+            return [getattr(self, name) for name in names]
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take the parameters where they are."""

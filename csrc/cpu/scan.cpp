@@ -41,7 +41,7 @@ const CpuKernels* find(const std::string& name) {
   throw std::invalid_argument("CPU instruction set '" + name + "' is not available here. Available: " + known);
 }
 
-std::atomic<const CpuKernels*>& active() {
+std::atomic<const CpuKernels*>& current_kernels() {
   static std::atomic<const CpuKernels*> kernels{[] {
     const char* name = std::getenv("FASTRNN_CPU_ISA");
     return name && *name ? find(name) : isas().back();
@@ -145,13 +145,15 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
-std::string cpu_isa() { return active().load()->isa; }
+std::string cpu_isa() { return cpu_kernels().isa; }
 
-void set_cpu_isa(const std::string& name) { active() = find(name); }
+void set_cpu_isa(const std::string& name) { current_kernels() = find(name); }
 
-void scan_cpu(const ScanArgs& args, const AllocateScratch& allocate) { run(active().load()->forward, args, allocate); }
+const CpuKernels& cpu_kernels() { return *current_kernels().load(); }
+
+void scan_cpu(const ScanArgs& args, const AllocateScratch& allocate) { run(cpu_kernels().forward, args, allocate); }
 void scan_cpu(const ScanBackwardArgs& args, const AllocateScratch& allocate) {
-  run(active().load()->backward, args, allocate);
+  run(cpu_kernels().backward, args, allocate);
 }
 
 }  // namespace fastrnn
