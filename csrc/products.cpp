@@ -61,7 +61,7 @@ void input_product(const ScanShape& s, const Tensor& input, const std::vector<Te
       char* target = result + static_cast<size_t>(d * s.N * columns) * size;
       const int64_t grain = std::max<int64_t>(1, 8 * kMinElementsPerThread / (kLinearBlock * I));
       in_parallel(blocks, grain, [&](int64_t begin, int64_t end) {
-        cpu_kernels().linear(s.dtype, x, weight, target, s.N, columns, I, begin, end);
+        cpu_kernels().linear({s.dtype, WeightType::kStorage, x, weight, nullptr, target, s.N, columns, I}, begin, end);
       });
     }
     return;

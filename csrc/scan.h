@@ -19,6 +19,10 @@ namespace fastrnn {
 
 enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
 
+// How weight_ih and weight_hh are stored: in the dtype of the tensors; or, beside float tensors and for inference only,
+// in bfloat16, or in int8 with one float scale per row (value = scale * int8). Then they are read where they lie.
+enum class WeightType : int { kStorage, kBFloat16, kInt8 };
+
 // Order of time of the groups. kBoth: the first half of the groups runs forward, the second half in reverse.
 enum class Direction : int64_t { kForward = 0, kReverse = 1, kBoth = 2 };
 
@@ -30,6 +34,7 @@ struct ScanShape {
   const int64_t* batch_sizes;  // [T], or null: B rows in every step
   const int64_t* offsets;      // [T + 1] first data row of each step, or null: t * B
   Direction direction;
+  WeightType weight_type = WeightType::kStorage;
 
   FASTRNN_FN int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   FASTRNN_FN int64_t row(int64_t t, int64_t b) const { return (offsets ? offsets[t] : t * B) + b; }
@@ -42,7 +47,8 @@ struct ScanShape {
 // groups of a row lie side by side, as the next layer reads them.
 struct ScanArgs : ScanShape {
   const void* gates;             // Compute [D, N, G, H] input products W_ih x
-  const void* const* weight_hh;  // [D] Storage [G, H, P]
+  const void* const* weight_hh;  // [D] Storage (or weight_type) [G, H, P]
+  const float* const* scale_hh;  // [D] [G, H], kInt8 only
   const void* const* bias_ih;    // [D] Storage [G, H] added to the input products, or null: 0
   const void* const* bias_hh;    // [D] Storage [G, H] added to the recurrent products, or null: 0
   const void* const* weight_hr;  // [D] Storage [P, H], projected only

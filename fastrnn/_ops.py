@@ -118,6 +118,22 @@ def why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
     return None
 
 
+def is_plain_native() -> bool:
+    """Whether nothing but the native kernels is asked for: no other backend, no transform, no
+    autocast, no tracing or compiling."""
+    return (
+        native_error is None
+        and get_backend() != "reference"
+        and not torch._C._is_any_autocast_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and forward_ad._current_level < 0
+        and not torch.compiler.is_compiling()
+    )
+
+
 def resolve(tensors: Sequence[Tensor | None]) -> str:
     """The backend that runs a layer over these tensors: ``"native"`` or ``"reference"``.
 

@@ -76,6 +76,7 @@ class Layer(Function):
             return (None,) * (4 + len(wanted))
         batch_sizes, input, h0, c0, output, cells, saved, *weights = ctx.saved_tensors
         results: tuple[Any, ...]
+        arguments: tuple[Any, ...]
         results = (input, output, cells, saved, weights, h0, c0, batch_sizes, ctx.groups)
         tensors = (input, *grads, output, cells, saved, h0, c0, *weights)
         why_not = _ops.why_not_native(tensors)
@@ -83,13 +84,11 @@ class Layer(Function):
             _ops.report(why_not)
         differentiated = torch.is_grad_enabled() or grads[3] is not None or grads[4] is not None
         if why_not is None and not differentiated:
-            dinput, dweights, dh0, dc0 = _ops.layer_backward(
-                ctx.cell, *grads[:3], *results, ctx.direction, list(map(int, wanted))
-            )
+            arguments = (ctx.cell, *grads[:3], *results, ctx.direction, list(map(int, wanted)))
+            dinput, dweights, dh0, dc0 = _ops.layer_backward(*arguments)
         else:
-            dinput, dweights, dh0, dc0 = reference.layer_backward(
-                ctx.cell, *grads, *results, ctx.direction
-            )
+            arguments = (ctx.cell, *grads, *results, ctx.direction)
+            dinput, dweights, dh0, dc0 = reference.layer_backward(*arguments)
         gradients = zip((dinput, dh0, dc0, *dweights), wanted, strict=True)
         return (None, None, None, None, *(g if want else None for g, want in gradients))
 

@@ -97,6 +97,32 @@ def layer_dims(spec: LayerSpec, input: Tensor, hx: Tensor | tuple[Tensor, Tensor
         )
 
 
+def step_input(spec: LayerSpec, input: Tensor) -> None:
+    """Number of dimensions of the input of one step, [B, I] or [I]."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{spec.name}: input must be a Tensor, got {type(input).__name__}")
+    if input.dim() not in (1, 2):
+        raise ValueError(
+            f"{spec.name}: Expected the input of a step to be 1D or 2D, got {input.dim()}D instead"
+        )
+
+
+def step_out(spec: LayerSpec, out: object, state: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Tensors for the new state, against the state itself."""
+    targets = out if spec.has_c else [out]
+    values = state if spec.has_c else [state]
+    if not isinstance(targets, (tuple, list)) or len(targets) != len(values):
+        raise TypeError(f"{spec.name}: out must be given like the state of the step")
+    for target, value in zip(targets, values, strict=True):
+        if not isinstance(target, Tensor):
+            raise TypeError(f"{spec.name}: out must hold Tensors, got {type(target).__name__}")
+        if target.shape != value.shape or target.dtype != value.dtype:
+            raise RuntimeError(
+                f"{spec.name}: out must have shape {list(value.shape)} and dtype {value.dtype}, "
+                f"got {list(target.shape)} and {target.dtype}"
+            )
+
+
 def layer_input(spec: LayerSpec, input: Tensor, weights: Sequence[Tensor], packed: bool) -> None:
     """Dtype, dimensions, feature size and device of the data, time first or packed."""
     weight = weights[0]

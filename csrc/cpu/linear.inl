@@ -26,9 +26,9 @@ inline void from_float(Dtype dtype, const float* source, void* target, int64_t c
 
 // Computes   result [rows, columns] = input [rows, K] * weight [columns, K]^T for columns of blocks [begin, end)
 // Work       kLinearBlock columns each; for few rows: every weight is read once per row, from L1 but the first time
-template <class T>
-void linear_blocks(const T* input, const T* weight, Compute<T>* result, int64_t rows, int64_t columns, int64_t K,
-                   int64_t begin, int64_t end) {
+template <class T, class W>
+void linear_blocks(const T* input, const W* weight, const Compute<T>* scale, Compute<T>* result, int64_t rows,
+                   int64_t columns, int64_t K, int64_t begin, int64_t end) {
   using S = Compute<T>;
   constexpr int kLanes = Vec<S>::kLanes;
   alignas(64) S panel[kMaxLinearRows][kLinearChunk];
@@ -45,31 +45,36 @@ void linear_blocks(const T* input, const T* weight, Compute<T>* result, int64_t 
       }
     for (int64_t column = begin * kLinearBlock; column < end * kLinearBlock && column < columns; column += kLanes) {
       const int n = columns - column < kLanes ? static_cast<int>(columns - column) : kLanes;
-      const T* row[kLanes];
+      const W* row[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) row[lane] = weight + (column + (lane < n ? lane : n - 1)) * K + k;
+      const Vec<S> factor = scale ? load(scale + column, n) : Vec<S>(S(1));
       for (int64_t r = 0; r < rows; ++r) {
         S* target = result + r * columns + column;
-        store(target, load(target, n) + dot_lanes(row, panel[r], width), n);
+        store(target, fma(factor, dot_lanes(row, panel[r], width), load(target, n)), n);
       }
     }
   }
 }
 
-inline void linear(Dtype dtype, const void* input, const void* weight, void* result, int64_t rows, int64_t columns,
-                   int64_t K, int64_t begin, int64_t end) {
-  const auto run = [&](auto storage) {
+inline void linear(const LinearArgs& a, int64_t begin, int64_t end) {
+  const auto run = [&](auto storage, auto weight) {
     using T = decltype(storage);
-    linear_blocks(static_cast<const T*>(input), static_cast<const T*>(weight), static_cast<Compute<T>*>(result), rows,
-                  columns, K, begin, end);
+    linear_blocks(static_cast<const T*>(a.input), static_cast<const decltype(weight)*>(a.weight),
+                  static_cast<const Compute<T>*>(a.scale), static_cast<Compute<T>*>(a.result), a.rows, a.columns, a.K,
+                  begin, end);
   };
-  if (dtype == Dtype::kFloat)
-    run(float());
-  else if (dtype == Dtype::kDouble)
-    run(double());
-  else if (dtype == Dtype::kBFloat16)
-    run(BFloat16());
+  if (a.weight_type == WeightType::kBFloat16)
+    run(float(), BFloat16());
+  else if (a.weight_type == WeightType::kInt8)
+    run(float(), Int8());
+  else if (a.dtype == Dtype::kFloat)
+    run(float(), float());
+  else if (a.dtype == Dtype::kDouble)
+    run(double(), double());
+  else if (a.dtype == Dtype::kBFloat16)
+    run(BFloat16(), BFloat16());
   else
-    run(Half());
+    run(Half(), Half());
 }
 
 // target[0..count) += source[0..count)

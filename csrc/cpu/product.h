@@ -219,15 +219,15 @@ void product(const S* panel, int64_t stride, int64_t rows, const S* packed, cons
   }
 }
 
-// The products of kLanes rows of weights, K long, with one x, each in its lane.
-template <class T>
-FASTRNN_INLINE Vec<Compute<T>> dot_lanes(const T* const* row, const Compute<T>* x, int64_t K) {
-  using V = Vec<Compute<T>>;
+// The products of kLanes rows of weights of type W, K long, with one x, each in its lane.
+template <class W, class S>
+FASTRNN_INLINE Vec<S> dot_lanes(const W* const* row, const S* x, int64_t K) {
+  using V = Vec<S>;
   constexpr int kLanes = V::kLanes;
   const int64_t whole = K / kLanes * kLanes;
   V sum[kLanes];
 #pragma GCC unroll 16
-  for (int lane = 0; lane < kLanes; ++lane) sum[lane] = V(Compute<T>(0));
+  for (int lane = 0; lane < kLanes; ++lane) sum[lane] = V(S(0));
   for (int64_t k = 0; k < whole; k += kLanes) {
     const V now = load(x + k, kLanes);
 #pragma GCC unroll 16
@@ -239,7 +239,7 @@ FASTRNN_INLINE Vec<Compute<T>> dot_lanes(const T* const* row, const Compute<T>* 
 #pragma GCC unroll 16
     for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(load(row[lane] + whole, rest), now, sum[lane]);
   }
-  transpose<Compute<T>>(sum);
+  transpose<S>(sum);
 #pragma GCC unroll 4
   for (int n = kLanes / 2; n > 0; n /= 2)
 #pragma GCC unroll 8
@@ -247,19 +247,22 @@ FASTRNN_INLINE Vec<Compute<T>> dot_lanes(const T* const* row, const Compute<T>* 
   return sum[0];
 }
 
-// sums as of `product`, from weight [gates, units, K] where it lies.
-template <class T>
-void product_direct(const Compute<T>* panel, int64_t stride, int64_t rows, const T* weight, const PackedShape& s,
-                    int64_t begin, int64_t end, Compute<T>* sums) {
-  constexpr int kLanes = Vec<Compute<T>>::kLanes;
+// sums as of `product`, from weight [gates, units, K] where it lies; scale [gates, units]: a factor of each row, or
+// null.
+template <class W, class S>
+void product_direct(const S* panel, int64_t stride, int64_t rows, const W* weight, const S* scale, const PackedShape& s,
+                    int64_t begin, int64_t end, S* sums) {
+  constexpr int kLanes = Vec<S>::kLanes;
   const int64_t vectors = s.vectors_in(begin, end), row_sums = s.columns(begin, end) * kLanes;
   for (int64_t column = 0; column < vectors * s.gates; ++column) {
     const int64_t g = column % s.gates, j = (s.first_vector(begin) + column / s.gates) * kLanes;
-    const T* row[kLanes];
+    const W* row[kLanes];
     for (int lane = 0; lane < kLanes; ++lane)  // behind the last unit: that unit again
       row[lane] = weight + (g * s.units + (j + lane < s.units ? j + lane : s.units - 1)) * s.K;
+    const int n = s.units - j < kLanes ? static_cast<int>(s.units - j) : kLanes;
+    const Vec<S> factor = scale ? load(scale + g * s.units + j, n) : Vec<S>(S(1));
     for (int64_t b = 0; b < rows; ++b)
-      store(sums + b * row_sums + column * kLanes, dot_lanes(row, panel + b * stride, s.K), kLanes);
+      store(sums + b * row_sums + column * kLanes, factor * dot_lanes(row, panel + b * stride, s.K), kLanes);
   }
 }
 

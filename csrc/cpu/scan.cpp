@@ -63,7 +63,8 @@ constexpr int64_t kMaxDirectRows = 1, kMaxDirectSteps = 2, kMaxDirectStepRows = 
 template <class Args>
 CpuPlan choose(const PassKernels<Args>& kernels, const ScanShape& a) {
   CpuPlan plan;
-  plan.packed = a.B > kMaxDirectRows && (a.T > kMaxDirectSteps || a.B > kMaxDirectStepRows);
+  plan.packed = a.weight_type == WeightType::kStorage && a.B > kMaxDirectRows &&
+                (a.T > kMaxDirectSteps || a.B > kMaxDirectStepRows);
   const int64_t step = a.B * kCells[static_cast<int>(a.cell)].gates * a.H * a.P;  // of the longest step of a group
   const int64_t work = step / std::max<int64_t>(a.B, 1) * a.N * a.D;
   const int64_t useful = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / kMinWorkPerThread);

@@ -183,7 +183,7 @@ struct Forward {
       if (n == share.b_begin) continue;
       if (share.team) share.team->barrier();  // every unit of h[now] is there, and nobody reads h[1 - now] any more
       runs(s.hh, units.begin, units.end, share.b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
-        multiply(h_row(now, b), s.h_stride, rows, a.weight_hh[d], s.packed_hh, s.hh, begin, end);
+        multiply_hh(h_row(now, b), rows, begin, end);
         cell_run(t, b, rows, begin, end);
       });
       if (a.projected)
@@ -196,12 +196,25 @@ struct Forward {
     for (; n > share.b_begin; --n) leave(n - 1);
   }
 
+  void multiply_hh(const S* panel, int64_t rows, int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<T, float>) {
+      const auto direct = [&](auto type, const float* scale) {
+        product_direct(panel, s.h_stride, rows, static_cast<const decltype(type)*>(a.weight_hh[d]), scale, s.hh, begin,
+                       end, sums.data);
+      };
+      if (a.weight_type == WeightType::kBFloat16) return direct(BFloat16(), nullptr);
+      if (a.weight_type == WeightType::kInt8) return direct(Int8(), a.scale_hh[d]);
+    }
+    multiply(panel, s.h_stride, rows, a.weight_hh[d], s.packed_hh, s.hh, begin, end);
+  }
+
   void multiply(const S* panel, int64_t stride, int64_t rows, const void* weight, const S* packed,
                 const PackedShape& shape, int64_t begin, int64_t end) {
     if (plan.packed)
       product(panel, stride, rows, packed + d * shape.size(), shape, begin, end, sums.data);
     else
-      product_direct(panel, stride, rows, static_cast<const T*>(weight), shape, begin, end, sums.data);
+      product_direct(panel, stride, rows, static_cast<const T*>(weight), static_cast<const S*>(nullptr), shape, begin,
+                     end, sums.data);
   }
 
   void enter(int64_t b) {

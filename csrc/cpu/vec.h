@@ -33,6 +33,9 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
+struct Int8 {  // weights only: loads as float
+  int8_t value;
+};
 
 template <class F>
 struct Raw;
@@ -141,6 +144,11 @@ FASTRNN_INLINE __m256i first_lanes(int n) {
 }
 #endif
 
+template <>
+struct StorageLanes<Int8> {
+  typedef int8_t Type __attribute__((vector_size(kVectorBytes / 4)));
+};
+
 template <class T>
 FASTRNN_INLINE Lanes<T> load_one_by_one(const T* p, int n) {
   T part[Vec<Compute<T>>::kLanes] = {};
@@ -170,8 +178,10 @@ FASTRNN_INLINE Lanes<T> load_lanes(const T* p, int n) {
     v = _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
   else if constexpr (sizeof(T) == 4)
     v = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
-  else
+  else if constexpr (sizeof(T) == 2)
     v = reinterpret_cast<Lanes<T>>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
+  else
+    v = reinterpret_cast<Lanes<T>>(_mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), p));
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 8)
     v = _mm256_maskload_pd(p, first_lanes<int64_t>(n));
@@ -221,6 +231,16 @@ FASTRNN_INLINE Lanes<double> narrow(Vec<double> v, double) { return v.raw; }
 using U16 = Lanes<BFloat16>;
 using U32 = Raw<float>::UInt;
 using F32 = Raw<float>::Type;
+
+FASTRNN_INLINE Vec<float> widen(Lanes<Int8> v, Int8) {
+#if defined(__AVX512F__)
+  return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(v))));
+#elif defined(__AVX2__)
+  return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(reinterpret_cast<long long>(v)))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(v, Raw<float>::Int), F32);
+#endif
+}
 
 FASTRNN_INLINE Vec<float> widen(U16 v, BFloat16) {
   return reinterpret_cast<F32>(__builtin_convertvector(v, U32) << 16);
