@@ -1,6 +1,7 @@
-# Everything runs in .venv; only python3 (3.10 or newer), make and a C++ compiler are assumed.
+# Everything runs in .venv; needed are Linux, python3 (3.10 or newer) with its headers, make, a C++
+# compiler, and a package index for pip. README.md tells sizes, times and the CPU build of torch.
 #
-#   make demo      train a classifier on handwritten digits    (ARGS="--cell gru")
+#   make demo      train a classifier on handwritten digits, into digits.png  (ARGS="--cell gru")
 #   make test      linters, type checker, formatter, all tests (ARGS="-k lstm")
 #   make build     the environment and the native library; compiles only what has changed
 #   make sanitize  kernel tests under the address and undefined-behaviour sanitizers (needs GCC)
@@ -17,28 +18,33 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
+.NOTPARALLEL:  # pip twice at a time in one environment
 .PHONY: demo test env build sanitize fuzz bench format clean
 
 demo: build
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: export FASTRNN_BUILD := 1
-test: build
+test: env build
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/python -m pytest -q $(ARGS)
 
-env: $(VENV)/environment.stamp
+env: $(VENV)/dev.stamp
 
-$(VENV)/environment.stamp: requirements-dev.txt
+$(VENV)/demo.stamp: requirements-demo.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastrnn needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-demo.txt
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
 # The metadata only: `build` compiles in place, where the compiler's output is seen.
-$(VENV)/package.stamp: $(VENV)/environment.stamp pyproject.toml setup.py
+$(VENV)/package.stamp: $(VENV)/demo.stamp pyproject.toml setup.py
 	FASTRNN_BUILD=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -53,11 +59,12 @@ SANITIZE_RUN = cd $(SANITIZED) && \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=$(abspath $(SANITIZED)) $(abspath $(BIN))/python
 
-sanitize: $(VENV)/package.stamp
+sanitize: env $(VENV)/package.stamp
 	FASTRNN_BUILD=1 FASTRNN_SANITIZE=address,undefined \
 		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)/tests
-	$(SANITIZE_RUN) -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_errors_low_level.py tests/test_errors.py
+	$(SANITIZE_RUN) -m pytest -q -p no:cacheprovider \
+		tests/test_ops.py tests/test_errors.py tests/test_errors_low_level.py
 	$(SANITIZE_RUN) tests/fuzz.py --n 300
 
 fuzz: build

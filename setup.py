@@ -1,9 +1,9 @@
 """Builds the native part of fastrnn, the extension `fastrnn._C`. All metadata is in pyproject.toml.
 
 `fastrnn._C` is one shared library: the torch operators (on torch's stable ABI, so that one build
-loads on every torch from 2.10 on) and a few functions that describe the build. The C++ files under
-csrc/ are compiled by ninja; a file named *_avx2.cpp or *_avx512.cpp gets that instruction set's
-flags. Linux with GCC or Clang.
+loads on the oldest torch that pyproject.toml allows and on every later one) and a few functions
+that describe the build. The C++ files under csrc/ are compiled by ninja; a file named *_avx2.cpp or
+*_avx512.cpp gets that instruction set's flags. Linux with GCC or Clang.
 
 Environment
     FASTRNN_BUILD     auto (default): native where torch and a compiler are found, otherwise pure
@@ -14,6 +14,7 @@ Environment
     MAX_JOBS          number of parallel compilations
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -33,7 +34,9 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-TORCH_FLOOR = (2, 10)  # the oldest torch the library loads on; pyproject.toml requires the same
+# The oldest torch that pyproject.toml allows is the one whose stable ABI the library is built for.
+_FLOOR = re.search(r'"torch>=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+TORCH_FLOOR = (int(_FLOOR.group(1)), int(_FLOOR.group(2)))
 TORCH_TARGET_VERSION = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}{0:012x}"
 
 # -ffp-contract=off: a product and a sum are fused only where the source says so, so that the
@@ -107,12 +110,15 @@ def why_not_native(torch: Torch | None) -> str | None:
     if torch is None:
         return "torch is not installed in this environment; install torch first"
     if torch.release < TORCH_FLOOR:
-        return f"torch {torch.version} is too old; it needs 2.10 or newer"
+        oldest = ".".join(map(str, TORCH_FLOOR))
+        return f"torch {torch.version} is too old; it needs {oldest} or newer"
     if not (torch.folder / "include/torch/csrc/stable/library.h").is_file():
         return "this torch was installed without its C++ headers"
     if find_compiler() is None:
         wanted = os.environ.get("CXX")
-        return f"the C++ compiler {wanted} was not found" if wanted else "no C++ compiler was found"
+        if wanted:
+            return f"the C++ compiler {wanted} was not found; CXX names it"
+        return "no C++ compiler was found; install g++ or clang++, or name another in CXX"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "Python.h is missing; install the Python development package (python3-dev)"
     if importlib.util.find_spec("pybind11") is None:
@@ -221,8 +227,14 @@ def ninja_file(files: list[str], folder: Path, compile: list[str], link: list[st
 class BuildNative(build_ext):
     """Compiles and links `fastrnn._C` with ninja, only what has changed since the last time."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # copies the library of these flags also over a newer one of others
+
     def run(self) -> None:
         if not self.extensions:
+            if self.inplace:
+                remove_native_parts()
             print(pure_python_notice())
             return
         reason = why_not_native(TORCH)
@@ -233,10 +245,10 @@ class BuildNative(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        kind = "sanitize" if os.environ.get("FASTRNN_SANITIZE") else "native"
-        folder = Path("build") / f"{kind}-{sys.implementation.cache_tag}"
         version = self.distribution.get_version()
-        text = ninja_file(ext.sources, folder, compile_flags(TORCH, version), link_flags(TORCH))
+        flags = compile_flags(TORCH, version), link_flags(TORCH)
+        folder = Path("build") / build_name(*flags)
+        text = ninja_file(ext.sources, folder, *flags)
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
         (ROOT / folder / "build.ninja").write_text(text)
         jobs = os.environ.get("MAX_JOBS")
@@ -253,14 +265,34 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         pure = not self.distribution.ext_modules
-        if self.editable_mode:
-            for library in ROOT.glob("fastrnn/_C*.so") if pure else []:
-                library.unlink()
-        else:
-            shutil.rmtree(Path(self.build_lib) / "fastrnn", ignore_errors=True)
+        target = Path(self.build_lib) / "fastrnn"
+        if not self.editable_mode:
+            shutil.rmtree(target, ignore_errors=True)
+        elif pure:
+            remove_native_parts()
         if pure:
             print(pure_python_notice())
         super().run()
+        if pure and not self.editable_mode:  # for fastrnn.info
+            (target / "_build.py").write_text(f"PURE_PYTHON = {pure_python_reason()!r}\n")
+
+
+def build_name(compile: list[str], link: list[str]) -> str:
+    """The build's folder: another one for other flags, so that builds do not overwrite each other.
+
+    pip's build environment has another name each time, which makes no difference here.
+    """
+    words = "\0".join([*(find_compiler() or []), *compile, *link])
+    words = re.sub(r"pip-build-env-[^/]+", "pip-build-env", words)
+    kind = "sanitize" if os.environ.get("FASTRNN_SANITIZE") else "native"
+    digest = hashlib.sha256(words.encode()).hexdigest()[:8]
+    return f"{kind}-{sys.implementation.cache_tag}-{digest}"
+
+
+def remove_native_parts() -> None:
+    """Remove what an earlier build left in the source tree: it would be loaded."""
+    for library in ROOT.glob("fastrnn/_C*.so"):
+        library.unlink()
 
 
 def build_mode() -> str:
@@ -270,13 +302,17 @@ def build_mode() -> str:
     return mode
 
 
+def pure_python_reason() -> str | None:
+    return "FASTRNN_BUILD=0" if build_mode() == "0" else why_not_native(TORCH)
+
+
 def pure_python_notice() -> str:
-    reason = "FASTRNN_BUILD=0" if build_mode() == "0" else why_not_native(TORCH)
+    reason = pure_python_reason()
     return f"fastrnn: building the pure-Python package without the native part: {reason}."
 
 
 def extensions() -> list[Extension]:
-    """The extension, where it is to be built. Native CUDA sources join `sources()` here."""
+    """The extension, where it is to be built."""
     mode = build_mode()
     if mode == "0" or (mode == "auto" and why_not_native(TORCH)):
         return []

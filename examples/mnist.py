@@ -26,13 +26,16 @@ def load_mnist(folder: str | Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
 
     Images are [N, rows, columns] of 0..255, labels [N] of 0..9.  The folder holds the four files
     under their usual names: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`,
-    `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`, each plain or with `.gz`.
+    `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`, each plain or with `.gz`; some mirrors
+    spell them with a dot, `train-images.idx3-ubyte`.
 
-    Raises FileNotFoundError for a missing folder or file, ValueError for a damaged file.
+    Raises FileNotFoundError for a missing folder or file, ValueError for a damaged file, OSError
+    for what cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {what}")
     train_images, train_labels = _load_pair(folder, "train")
     test_images, test_labels = _load_pair(folder, "t10k")
     if train_images.shape[1:] != test_images.shape[1:]:
@@ -81,20 +84,28 @@ def _load_pair(folder: Path, part: str) -> tuple[Bytes, Bytes]:
 
 
 def _find(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
+    dotted = name.replace("-idx", ".idx")
+    for path in (folder / spelling for spelling in (name, f"{name}.gz", dotted, f"{dotted}.gz")):
+        if path.is_dir():
+            raise FileNotFoundError(f"{path}: a folder, expected a file")
+        if path.exists():
             return path
-    raise FileNotFoundError(f"{folder / name}: no such file, nor with .gz")
+    raise FileNotFoundError(f"{folder / name}: no such file, nor with .gz, nor as {dotted}")
 
 
 def _read(path: Path) -> bytes:
     if path.suffix != ".gz":
-        return path.read_bytes()
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise OSError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         with gzip.open(path) as file:
             return file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip file: {error}") from error
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _by(shape: tuple[int, ...]) -> str:

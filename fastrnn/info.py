@@ -1,13 +1,16 @@
 """`python -m fastrnn.info`: what is installed here, how it was built, and what will run.
 
-Works in every installation, also one without the native part, and needs no compiler.
+Works in every installation, also one without the native part, and needs no compiler. A setting that
+cannot be met is reported where other programs stop.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -31,10 +34,25 @@ def report() -> str:
     return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in sections)
 
 
+def backend_in_use(device: str = "cpu") -> str:
+    """What runs a layer on `device` here, for example `auto (native, avx2)`.
+
+    Raises:
+        RuntimeError: the backend asked for cannot run there.
+    """
+    asked = fastrnn.get_backend()
+    used = _ops.resolve([torch.empty(0, device=device)])
+    words = [used] if used != asked else []
+    if used == "native" and torch.device(device).type == "cpu":
+        words.append(importlib.import_module("fastrnn._C").cpu_isa())
+    return f"{asked} ({', '.join(words)})" if words else asked
+
+
 def _versions() -> list[tuple[str, str]]:
     cuda = torch.version.cuda
     return [
         ("fastrnn", fastrnn.__version__),
+        ("imported from", str(Path(fastrnn.__file__).resolve().parent)),
         ("torch", torch.__version__ + (f" (CUDA {cuda})" if cuda else "")),
         ("python", f"{platform.python_version()} ({platform.python_implementation()})"),
         ("platform", platform.platform()),
@@ -42,22 +60,43 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _native_build() -> list[tuple[str, str]]:
-    if _ops.native_error is not None:
-        return [("not loaded", _ops.native_error)]
-    from fastrnn import _C
+    if _ops.native_error is None:
+        build = importlib.import_module("fastrnn._C").build_info()
+        return [(str(name), _joined(value)) for name, value in build.items()]
+    rows = [("not loaded", _ops.native_error)]
+    if unbuilt_source_tree() is None and (reason := pure_python_reason()):
+        rows.append(("not built", reason))
+        rows.append(("remedy", "mend that, then run `FASTRNN_BUILD=1 pip install .` once more"))
+    return rows
 
-    return [(str(name), _joined(value)) for name, value in _C.build_info().items()]
+
+def unbuilt_source_tree() -> Path | None:
+    """The source tree that fastrnn was imported from without a native part in it, or None."""
+    package = Path(fastrnn.__file__).resolve().parent
+    if (package.parent / "setup.py").is_file() and not list(package.glob("_C*.so")):
+        return package.parent
+    return None
+
+
+def pure_python_reason() -> str | None:
+    """Why the installation was built without the native part, if the build noted it."""
+    try:
+        reason: str | None = importlib.import_module("fastrnn._build").PURE_PYTHON
+    except ImportError:
+        return None
+    return reason
 
 
 def _cpu() -> list[tuple[str, str]]:
     rows = [("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")]
     if _ops.native_error is None:
-        from fastrnn import _C
-
-        rows += [
-            ("instruction sets", f"{_joined(_C.cpu_isas())} (built, and supported by this CPU)"),
-            ("in use", _C.cpu_isa()),
-        ]
+        native = importlib.import_module("fastrnn._C")
+        isas = f"{_joined(native.cpu_isas())} (built, and supported by this CPU)"
+        rows.append(("instruction sets", isas))
+        try:
+            rows.append(("in use", native.cpu_isa()))
+        except ValueError as error:
+            rows.append(("in use", f"none: {error}"))
     return rows
 
 
@@ -69,8 +108,12 @@ def _backends() -> list[tuple[str, str]]:
 
 
 def _environment() -> list[tuple[str, str]]:
-    names = ("FASTRNN_BACKEND", "FASTRNN_CPU_ISA")
-    return [(name, os.environ.get(name, "not set")) for name in names]
+    mistakes: dict[str, str] = getattr(_ops, "environment_errors", {})
+    rows = []
+    for name in ("FASTRNN_BACKEND", "FASTRNN_CPU_ISA"):
+        value = os.environ.get(name, "not set")
+        rows.append((name, f"{value}; {mistakes[name]}" if name in mistakes else value))
+    return rows
 
 
 def _joined(value: object) -> str:

@@ -75,7 +75,8 @@ def replace(model: nn.Module, filter_fn: FilterFn | None = None) -> SwapReport:
     The class of each object changes, its Parameters, hooks and names do not, so an optimizer
     built before the call goes on working.  That holds for ``model`` itself too: a bare
     ``torch.nn.LSTM`` is a ``fastrnn.LSTM`` afterwards.  Note that ``isinstance(m, torch.nn.LSTM)``
-    is then False; call :func:`restore` before using tools that look for torch.nn's classes.
+    is then False; call :func:`restore` before using tools that look for torch.nn's classes
+    (quantize_dynamic, torch.fx, TorchScript).
 
     Args:
         model: any module.

@@ -24,7 +24,7 @@ import torch
 import fastrnn
 from cases import CELLS, DTYPES, Case, build, rows, steps
 from compare import compare, engines, poisoned_memory, use_engine
-from fastrnn.parity import Comparison
+from fastrnn.parity import NO_PROJECTIONS, Comparison
 
 
 def random_case(seed: int) -> tuple[str, Case, torch.dtype]:
@@ -135,9 +135,9 @@ def describe(seed: int) -> str:
 def worker(task: tuple[Sequence[int], Sequence[str]]) -> list[tuple[int, str, list[str]]]:
     """Run a range of seeds; what is returned are the mismatches: seed, engine, tensors."""
     seeds, names = task
-    warnings.simplefilter("ignore", UserWarning)  # oneDNN has no projections
     mismatches = []
-    with poisoned_memory():
+    with poisoned_memory(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NO_PROJECTIONS, UserWarning)
         for seed in seeds:
             for name, comparisons in run_seed(seed, names).items():
                 bad = [str(c) for c in comparisons if not c.ok]
@@ -187,7 +187,8 @@ def run_one(seed: int, names: Sequence[str]) -> int:
     """Print every tensor of one configuration; returns how many are outside the rule."""
     print(f"{seed}: {describe(seed)}")
     failed = 0
-    with poisoned_memory():
+    with poisoned_memory(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NO_PROJECTIONS, UserWarning)
         for name, comparisons in run_seed(seed, names).items():
             print(name)
             for c in comparisons:

@@ -62,6 +62,14 @@ def test_idx_files_are_read_plain_and_compressed(folder: Path) -> None:
         assert (one == other).all()
 
 
+def test_the_spelling_with_a_dot_is_accepted(folder: Path) -> None:
+    plain = mnist.load_mnist(folder)
+    for name in FILES:
+        (folder / name).rename(folder / name.replace("-idx", ".idx"))
+    for one, other in zip(plain, mnist.load_mnist(folder), strict=True):
+        assert (one == other).all()
+
+
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
@@ -102,6 +110,13 @@ def test_missing_files_are_named(folder: Path, capsys: pytest.CaptureFixture[str
     nowhere = folder / "nowhere"
     assert digits.main(["--mnist", str(nowhere)]) == 2
     assert capsys.readouterr().err == f"{nowhere}: no such folder\n"
+    assert digits.main(["--mnist", str(folder / IMAGES)]) == 2
+    assert capsys.readouterr().err == f"{folder / IMAGES}: not a folder\n"
+    assert digits.main(["--mnist", ""]) == 2
+    assert capsys.readouterr().err == "--mnist: expected a folder, got an empty name\n"
+    (folder / LABELS).mkdir()
+    assert digits.main(["--mnist", str(folder)]) == 2
+    assert capsys.readouterr().err == f"{folder / LABELS}: a folder, expected a file\n"
 
 
 def test_test_images_of_another_size_are_refused(folder: Path) -> None:
@@ -120,8 +135,47 @@ def test_command_line_trains_both_and_draws(
     assert digits.main([*words, "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert f"{cell.upper()} of 8 units on 70 MNIST digits of 6 x 5" in printed
+    assert f"backend {digits.backend_in_use()}\n" in printed
     assert "largest difference of the losses" in printed
+    assert "allowed" not in printed  # the difference is judged on the 8 x 8 digits only
+    assert str(picture) in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_is_drawn_by_default(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(folder)
+    words = ["--mnist", ".", "--epochs", "1", "--hidden", "4"]
+    assert digits.main([*words, "--plot", ""]) == 0
+    assert not list(folder.glob("*.png"))
+    assert digits.main(words) == 0
+    assert (folder / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plot", "curves.xyz"], "--plot: curves.xyz: the name must end in one of .png, "),
+        (["--plot", "curves"], "--plot: curves: the name must end in one of"),
+        (["--plot", "nowhere/curves.png"], "--plot: no such folder: "),
+        (["--threads", "1000000"], "argument --threads: must be from 1 to "),
+        (["--threads", "0"], "argument --threads: must be from 1 to "),
+        (["--epochs", "0"], "argument --epochs: must be from 1 to "),
+        (["--hidden", "many"], "argument --hidden: expected a whole number, got 'many'"),
+        (["--seed", "-1"], "argument --seed: must be from 0 to 9223372036854775807, got -1"),
+        (["--seed", str(2**64)], "argument --seed: must be from 0 to "),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_training(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as caught:
+        digits.main(words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_runs_that_differ_fail(
@@ -132,11 +186,12 @@ def test_runs_that_differ_fail(
             output, state = super().forward(*arguments)
             return 1.02 * output, state
 
-    words = ["--epochs", "1", "--hidden", "8"]
-    substitute = SimpleNamespace(LSTM=Drifting, get_backend=lambda: "test")
-    monkeypatch.setattr(digits, "fastrnn", substitute)
+    words = ["--epochs", "1", "--hidden", "8", "--plot", ""]
+    monkeypatch.setattr(digits, "fastrnn", SimpleNamespace(LSTM=Drifting))
     assert digits.main(words) == 1
-    assert "the losses differ by more than 1e-04" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "(allowed: 1e-04)" in printed.out
+    assert "the losses differ by more than 1e-04" in printed.err
 
 
 def test_a_loss_that_is_not_a_number_fails() -> None:

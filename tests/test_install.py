@@ -183,7 +183,7 @@ def test_source_distribution_is_complete(source, venv, tmp_path):
 
 def test_a_changed_header_is_compiled_again(source, venv, tmp_path):
     succeed(venv.python, "setup.py", "build_ext", "--build-lib", tmp_path, cwd=source)
-    (plan,) = source.glob("build/native-*/build.ninja")
+    plan = max(source.glob("build/native-*/build.ninja"), key=lambda file: file.stat().st_mtime)
     ninja = [venv.python, "-m", "ninja", "-n", "-f", plan.relative_to(source)]
     assert "no work to do" in succeed(*ninja, cwd=source)
     (source / "csrc" / "scan.h").touch()
@@ -200,6 +200,54 @@ def test_pure_python_install(source, venv):
     assert len(warnings) == 1, warnings  # however often a layer runs
     info = succeed(venv.python, "-m", "fastrnn.info", cwd=venv.folder)
     assert "not loaded" in info
+    assert "FASTRNN_BUILD=0" in info
+    assert str(venv.purelib / "fastrnn") in info
+
+
+def test_pure_python_build_removes_the_library_of_an_earlier_one(source, tmp_path):
+    copied = shutil.copytree(source, tmp_path / "copied", ignore=NOT_SOURCE)
+    stale = copied / "fastrnn" / "_C.cpython-310-x86_64-linux-gnu.so"
+    for settings in ({"FASTRNN_BUILD": "0"}, {"CXX": "/nonexistent/c++"}):
+        stale.write_bytes(b"")
+        build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        assert "building the pure-Python package" in succeed(*build, cwd=copied, **settings)
+        assert not stale.exists()
+    assert not (copied / "fastrnn" / "_build.py").exists()
+
+
+RECORDER = """#!/bin/sh
+words="$*"
+while [ "$1" != -o ]; do shift; done
+echo "$words" > "$2"
+"""  # a compiler whose output is the words it was called with
+
+
+def test_the_library_is_the_one_of_the_flags(source, tmp_path):
+    """Also when they change back to earlier ones, whose library is the older."""
+    copied = shutil.copytree(source, tmp_path / "copied", ignore=NOT_SOURCE)
+    recorder = tmp_path / "recorder"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    for flag in ("-first", "-second", "-first"):
+        build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        succeed(*build, cwd=copied, CXX=str(recorder), LDFLAGS=flag)
+        (library,) = copied.glob("fastrnn/_C*.so")
+        assert flag in library.read_text().split()
+    assert len(list(copied.glob("build/native-*"))) == 2
+
+
+def test_builds_with_other_flags_have_folders_of_their_own(source):
+    script = (
+        "import runpy, sys; sys.argv = ['setup.py', '--version']; "
+        "setup = runpy.run_path('setup.py', run_name='__main__'); "
+        "print(*(setup['build_name']([flag], []) for flag in ("
+        "'-O0', '-O3', '-I/t/pip-build-env-abc/x', '-I/t/pip-build-env-xyz/x')))"
+    )
+    printed = succeed(sys.executable, "-c", script, cwd=source).splitlines()[-1]
+    one, other, isolated, again = printed.split()
+    assert one != other
+    assert one.startswith("native-")
+    assert isolated == again != other
 
 
 NO_COMPILER = [
@@ -215,6 +263,8 @@ def test_without_a_compiler_auto_builds_pure_python(settings, reason, source, tm
     assert reason in done.stdout
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as opened:  # what fastrnn.info shows later
+        assert reason in opened.read("fastrnn/_build.py").decode()
 
 
 @pytest.mark.parametrize(("settings", "reason"), NO_COMPILER)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastrnn
 from compare import check
-from fastrnn import parity
+from fastrnn import _ops, parity
 from fastrnn.parity import EPS, Sampler, compare, error, run_case
 
 
@@ -43,10 +43,50 @@ def test_report_fails_when_a_gradient_is_wrong(
 
 
 def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--backend", "nonsense"], "error: unknown backend 'nonsense', expected one of"),
+        (["--device", "nowhere"], "error: --device nowhere: Expected one of cpu"),
+        (["--device", "meta"], "error: --device meta: it holds no numbers to compare"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            parity.main(arguments)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_backend_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_ops, "native_error", "built for the test without it")
     with pytest.raises(SystemExit):
-        parity.main(["--dtype", "int8"])
-    with pytest.raises(ValueError, match="unknown backend"):
-        parity.main(["--backend", "nonsense"])
+        parity.main(["--backend", "native"])
+    assert "backend 'native' is not available: built for the test" in capsys.readouterr().err
+
+
+def test_fallback_to_the_reference_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other warnings than torch.nn's own about projections are let through."""
+    monkeypatch.setattr(_ops, "native_error", "built for the test without it")
+    monkeypatch.setattr(_ops, "_warned", set())
+    monkeypatch.setattr(parity, "_CELLS", {"LSTM proj": parity._CELLS["LSTM proj"]})
+    with pytest.warns(UserWarning, match="slow reference .* built for the test") as caught:
+        assert parity.main(["--dtype", "float32"]) == 0
+    assert len(caught) == 1
+    assert capsys.readouterr().out.splitlines()[0].endswith("backend auto (reference)")
+
+
+def test_header_and_footer_name_what_was_compared(
+    engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parity, "_CASES", {"one step": parity._CASES["one step"]})
+    assert parity.main(["--dtype", "float64", "float16"]) == 0
+    printed = capsys.readouterr().out
+    backend, _, isa = engine.partition("-")
+    words = f"backend {backend} ({isa})" if isa else f"backend {backend}"
+    assert printed.splitlines()[0].endswith(words)
+    assert "k = 64 (float64), 4 (float16)." in printed
 
 
 MISTAKES: dict[str, Callable[[dict[str, Tensor]], None]] = {
