@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+import fastrnn
+
 pytest.importorskip("numpy")
 pytest.importorskip("tqdm")
 
@@ -31,6 +33,9 @@ from bench import (
     rivals,
     rows,
     run,
+    sweep,
+    sweep_layers,
+    sweep_stream,
 )
 
 TINY = cases.Case("tiny", "fast enough for a test", T=3, B=2, H=8, input_size=5)
@@ -445,3 +450,119 @@ def test_unusable_result_files_are_named(
     file.write_text(content)
     assert plot.main([str(file), "--table"]) == 2
     assert str(file) in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shrinks what every sweep runs over."""
+    monkeypatch.setattr(sweep_layers, "PACKED_T", (20,))
+    monkeypatch.setattr(sweep_layers, "HIDDEN", range(1, 70))  # with --quick 1, 24, 47
+    monkeypatch.setattr(sweep_layers, "LENGTHS_T", (1, 5))
+    monkeypatch.setattr(sweep_layers, "LENGTHS_B", (2, 3))
+    monkeypatch.setattr(sweep_stream, "SIZES", (8, 12))
+
+
+@pytest.mark.usefixtures("small_sweeps")
+@pytest.mark.parametrize(
+    ("name", "points", "said"),
+    [
+        ("packed", 1, "packed at most 1.15 of padded"),
+        ("hidden", 12, "gru inference B=16: no H above 1.5"),
+        ("lengths", 8, "gru training against B"),
+        ("stream", 2, "fastrnn against torch.nn cell: at least"),
+    ],
+)
+def test_sweep(
+    name: str, points: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "points.json", tmp_path / "points.png"
+    words = ["--cell", "gru", "--quick", "--json", str(file), "--out", str(picture)]
+    assert sweep.main([name, *words]) == 0
+    written = json.loads(file.read_text())
+    assert len(written) == points
+    for row in written:
+        assert (row["sweep"], row["cell"], row["threads"], row["red"]) == (name, "gru", 1, None)
+        assert row["device"]
+        assert row["date"].endswith("+00:00")
+    assert said in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("small_sweeps")
+@pytest.mark.parametrize("name", sweep.SWEEPS)
+def test_sweep_does_not_time_wrong_numbers(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoilt(make: Any) -> Any:
+        def wrong(*arguments: Any) -> measure.Call:
+            call = make(*arguments)
+            return lambda: [result + 1e-3 for result in call()]
+
+        return wrong
+
+    monkeypatch.setattr(sweep_layers, "make_fastrnn", spoilt(rivals.make_fastrnn))
+    monkeypatch.setattr(sweep_stream, "step_of", spoilt(sweep_stream.step_of))
+    assert sweep.main([name, "--cell", "rnn", "--quick"]) == 1
+    out, err = capsys.readouterr()
+    assert "RED" in out
+    assert "red, not timed: rnn" in err
+
+
+def curve(seconds: list[float]) -> list[dict[str, Any]]:
+    return [{"median": value, "flops": 10} for value in seconds]
+
+
+def test_excess_finds_cliffs_and_holes() -> None:
+    assert sweep_layers.excess(curve([1, 1, 1, 1])) == [1, 1, 1, 1]
+    assert sweep_layers.excess(curve([1, 1, 2, 2])) == [1, 1, 2, 2]  # a cliff
+    assert sweep_layers.excess(curve([3, 1, 1])) == [3, 1, 1]  # slower than the next size
+    assert sweep_layers.excess(curve([1, 1, 1.2])) == pytest.approx([1, 1, 1.2])
+
+
+def test_hidden_measures_a_suspicious_point_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"cell": "gru", "mode": "inference", "B": 1, "flops": 10, "red": None, "quick": True}
+    found = [{**row, "H": H, "median": 9.0 if H == 2 else 1.0} for H in (1, 2, 3)]
+    monkeypatch.setattr(sweep_layers, "measure_hidden", lambda *_: {"median": 5.0})
+    text = sweep_layers.conclude_hidden(found)
+    assert [row["excess"] for row in found] == [1, 5, 1]
+    assert "FAILS" in text[0]
+    assert "highest 5.00 (H=2), above: 2" in text[0]
+    monkeypatch.setattr(sweep_layers, "measure_hidden", lambda *_: {"median": 1.0})
+    assert "holds" in sweep_layers.conclude_hidden(found)[0]
+
+
+def test_linear_fit() -> None:
+    assert sweep_layers.linear_fit([1, 2, 10], [5, 7, 23]) == pytest.approx((3, 2))
+    start, slope = sweep_layers.linear_fit([1, 2, 4], [1, 3, 9])  # would start below zero
+    assert start == 0
+    assert 1 < slope < 3
+
+
+def test_step_is_used_where_a_layer_has_it() -> None:
+    class Layer:
+        def __call__(self, input: Any, state: Any) -> Any:
+            return input + 1, state
+
+    class Stepping(Layer):
+        def step(self, input: Any, state: Any) -> Any:
+            return input + 2, state
+
+    workload = cases.build_workload(TINY_STREAM, "gru", "inference")
+    row, state = workload.input[0], workload.state
+    assert sweep_stream.step_of(Stepping(), workload)()[0].equal(row + 2)
+    assert sweep_stream.step_of(Layer(), workload)()[0].equal(row[None] + 1)
+    assert sweep_stream.step_of(Layer(), workload)()[1] is state
+
+
+def test_stream_times_quantized_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def quantize(layer: Any, weights: str) -> Any:
+        if weights == "int8":  # wrong
+            layer.weight_hh_l0.data.mul_(-5)
+        return layer
+
+    monkeypatch.setattr(fastrnn, "quantize", quantize, raising=False)
+    row = sweep_stream.measure("lstm", 16, True)
+    assert row["wrong"] == ["fastrnn int8"]
+    assert row["results"]["fastrnn bf16"]["floor"] > 0
+    assert "fastrnn int8   wrong numbers, not timed" in sweep_stream.line(row)
