@@ -5,12 +5,12 @@
 
 #include "cpu/scan_cpu.h"
 #include "products.h"
+#include "step.h"
 
 namespace fastrnn {
-namespace {
 
-Dtype dtype_of(const Tensor& input) {
-  switch (input.scalar_type()) {
+Dtype dtype_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return Dtype::kFloat;
     case ScalarType::Double:
@@ -40,6 +40,8 @@ CellId cell_of(const std::string& name) {
     if (name == kCells[id].name) return static_cast<CellId>(id);
   STD_TORCH_CHECK(false, "fastrnn: unknown cell '", name, "'");
 }
+
+namespace {
 
 // The weights of all groups, by kind. Index of the first group's: the order of the list of an operator.
 struct Weights {
@@ -106,7 +108,7 @@ struct Problem {
                     groups);
     shape.direction = static_cast<Direction>(direction);
     dtype = input.scalar_type();
-    shape.dtype = dtype_of(input);
+    shape.dtype = dtype_of(dtype);
     const int64_t dims = batch_sizes ? 2 : 3;
     STD_TORCH_CHECK(input.dim() == dims, "fastrnn: the input must have ", dims, " dimensions, got ", input.dim());
     I = input.size(dims - 1);

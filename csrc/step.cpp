@@ -1,13 +1,14 @@
 #include "step.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <stdexcept>
+#include <mutex>
+#include <new>
+#include <tuple>
+#include <unordered_map>
 
-#include "cpu/kernels.h"
 #include "cpu/scan_cpu.h"
 
 namespace fastrnn {
@@ -18,6 +19,7 @@ class Kept {
  public:
   char* get(size_t bytes) {
     if (bytes > size_) {
+      size_ = 0;
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
       if (!memory_) throw std::bad_alloc();
       size_ = bytes;
@@ -33,45 +35,70 @@ class Kept {
   size_t size_ = 0;
 };
 
-int index_of(const std::string& name, std::initializer_list<const char*> names) {
-  int i = 0;
-  for (const char* known : names) {
-    if (name == known) return i;
-    ++i;
-  }
-  throw std::invalid_argument("fastrnn: unknown name '" + name + "'");
-}
-
-const void* array(uintptr_t address) { return reinterpret_cast<const void*>(address); }
-void* mutable_array(uintptr_t address) { return reinterpret_cast<void*>(address); }
+const void* at(const void* array, size_t bytes) { return array ? static_cast<const char*>(array) + bytes : nullptr; }
+void* at(void* array, size_t bytes) { return array ? static_cast<char*>(array) + bytes : nullptr; }
 
 // Weights from which on another thread pays for an input product.
 constexpr int64_t kMinWeightsPerThread = 1 << 18;
+constexpr size_t kWeightsPerLayer = 7;
 
 }  // namespace
 
-Step::Step(const std::string& cell, const std::string& dtype, const std::string& weight_type, int64_t I, int64_t H,
-           int64_t P, std::vector<StepLayer> layers)
-    : shape_(), I_(I), layers_(std::move(layers)) {
-  shape_.cell = static_cast<CellId>(index_of(cell, {"rnn_tanh", "rnn_relu", "lstm", "gru"}));
-  shape_.dtype = static_cast<Dtype>(index_of(dtype, {"float32", "float64", "bfloat16", "float16"}));
-  shape_.weight_type = static_cast<WeightType>(index_of(weight_type, {"storage", "bfloat16", "int8"}));
+StepNet::StepNet(const std::string& cell, std::vector<Tensor> weights, int64_t H, int64_t P, bool quantized)
+    : shape_(), weights_(std::move(weights)) {
+  STD_TORCH_CHECK(!weights_.empty() && weights_.size() % kWeightsPerLayer == 0, "fastrnn: ", weights_.size(),
+                  " weights are not seven per layer");
+  shape_.cell = cell_of(cell);
   shape_.T = 1, shape_.D = 1, shape_.H = H, shape_.P = P;
   shape_.direction = Direction::kForward;
+  const int64_t rows = kCells[static_cast<int>(shape_.cell)].gates * H;
+  STD_TORCH_CHECK(H > 0 && P > 0 && weights_[0].dim() == 2, "fastrnn: wrong sizes of a net");
+  I_ = weights_[0].size(1);
+  const ScalarType stored = weights_[0].scalar_type();
+  const bool scaled = stored == ScalarType::Char;
+  dtype_ = quantized ? ScalarType::Float : stored;
+  if (quantized) {
+    STD_TORCH_CHECK(scaled || stored == ScalarType::BFloat16, "fastrnn: quantized weights must be int8 or bfloat16");
+    shape_.weight_type = scaled ? WeightType::kInt8 : WeightType::kBFloat16;
+  }
+  shape_.dtype = dtype_of(dtype_);
+  for (size_t i = 0; i < weights_.size(); i += kWeightsPerLayer) {
+    const Tensor* w = &weights_[i];
+    const auto array = [&](size_t k, const char* name, const Sizes& sizes, ScalarType dtype) -> const void* {
+      if (k >= 2 && w[k].numel() == 0) return nullptr;
+      check(w[k], name, sizes, dtype);
+      return w[k].const_data_ptr();
+    };
+    layers_.push_back({array(0, "weight_ih", {rows, i == 0 ? I_ : P}, stored), array(1, "weight_hh", {rows, P}, stored),
+                       array(2, "bias_ih", {rows}, dtype_), array(3, "bias_hh", {rows}, dtype_),
+                       array(4, "weight_hr", {P, H}, dtype_),
+                       static_cast<const float*>(array(5, "scale_ih", {rows}, ScalarType::Float)),
+                       static_cast<const float*>(array(6, "scale_hh", {rows}, ScalarType::Float))});
+    const StepLayer& layer = layers_.back();
+    STD_TORCH_CHECK(P == H || layer.weight_hr, "fastrnn: a net with P < H needs weight_hr");
+    STD_TORCH_CHECK(!scaled || (layer.scale_ih && layer.scale_hh), "fastrnn: int8 weights need scales");
+  }
+  for (const Tensor& t : weights_) addresses_.push_back(t.const_data_ptr());
+}
+
+bool StepNet::is_current() const {
+  for (size_t i = 0; i < weights_.size(); ++i)
+    if (weights_[i].const_data_ptr() != addresses_[i] || !weights_[i].is_contiguous()) return false;
+  return true;
 }
 
 // gates [rows, G * H] = x [rows, K] * weight_ih^T, a few rows at a time
-void Step::input_product(const StepLayer& layer, const void* x, int64_t rows, int64_t K, char* gates) const {
-  const size_t item = shape_.dtype == Dtype::kDouble ? 8 : shape_.dtype == Dtype::kFloat ? 4 : 2;
-  const size_t compute = shape_.dtype == Dtype::kDouble ? 8 : 4;
+void StepNet::input_product(const StepLayer& layer, const void* x, int64_t rows, int64_t K, char* gates) const {
+  const size_t item = static_cast<size_t>(item_size(dtype_));
+  const size_t compute = static_cast<size_t>(item_size(compute_dtype(dtype_)));
   const int64_t columns = kCells[static_cast<int>(shape_.cell)].gates * shape_.H;
   const int64_t blocks = (columns + kLinearBlock - 1) / kLinearBlock;
   for (int64_t r = 0; r < rows; r += kMaxLinearRows) {
     const LinearArgs linear{shape_.dtype,
                             shape_.weight_type,
                             static_cast<const char*>(x) + static_cast<size_t>(r * K) * item,
-                            array(layer.weight_ih),
-                            array(layer.scale_ih),
+                            layer.weight_ih,
+                            layer.scale_ih,
                             gates + static_cast<size_t>(r * columns) * compute,
                             rows - r < kMaxLinearRows ? rows - r : kMaxLinearRows,
                             columns,
@@ -84,36 +111,140 @@ void Step::input_product(const StepLayer& layer, const void* x, int64_t rows, in
   }
 }
 
-void Step::run(int64_t T, int64_t B, uintptr_t input, uintptr_t h, uintptr_t c, uintptr_t output, uintptr_t h_n,
-               uintptr_t c_n) const {
+void StepNet::run(int64_t T, int64_t B, const void* input, const void* h, const void* c, void* output, void* h_n,
+                  void* c_n) const {
   if (T == 0 || B == 0) return;
   static thread_local Kept gates_memory, scratch_memory, output_memory[2];
   ScanArgs a{};
   static_cast<ScanShape&>(a) = shape_;
   a.T = T, a.B = B, a.N = T * B;
   const int64_t G = kCells[static_cast<int>(a.cell)].gates;
-  const bool has_c = kCells[static_cast<int>(a.cell)].has_c;
-  const size_t item = a.dtype == Dtype::kDouble ? 8 : a.dtype == Dtype::kFloat ? 4 : 2;
+  const size_t item = static_cast<size_t>(item_size(dtype_));
   const size_t h_bytes = static_cast<size_t>(B * a.P) * item, c_bytes = static_cast<size_t>(B * a.H) * item;
-  char* const gates = gates_memory.get(static_cast<size_t>(a.N * G * a.H) * (a.dtype == Dtype::kDouble ? 8 : 4));
+  char* const gates = gates_memory.get(static_cast<size_t>(a.N * G * a.H * item_size(compute_dtype(dtype_))));
   a.gates = gates;
-  const void* x = array(input);
+  const void* x = input;
   for (size_t i = 0; i < layers_.size(); ++i) {
     const StepLayer& layer = layers_[i];
     input_product(layer, x, a.N, i == 0 ? I_ : a.P, gates);
-    const void *weight_hh = array(layer.weight_hh), *bias_ih = array(layer.bias_ih), *bias_hh = array(layer.bias_hh),
-               *weight_hr = array(layer.weight_hr);
-    const float* scale_hh = static_cast<const float*>(array(layer.scale_hh));
-    a.weight_hh = &weight_hh, a.scale_hh = &scale_hh;
-    a.bias_ih = bias_ih ? &bias_ih : nullptr, a.bias_hh = bias_hh ? &bias_hh : nullptr;
-    a.weight_hr = weight_hr ? &weight_hr : nullptr, a.projected = weight_hr != nullptr;
-    a.h0 = h ? array(h + i * h_bytes) : nullptr, a.c0 = h && has_c ? array(c + i * c_bytes) : nullptr;
-    a.h_n = mutable_array(h_n + i * h_bytes), a.c_n = has_c ? mutable_array(c_n + i * c_bytes) : nullptr;
+    a.weight_hh = &layer.weight_hh, a.scale_hh = &layer.scale_hh;
+    a.bias_ih = layer.bias_ih ? &layer.bias_ih : nullptr, a.bias_hh = layer.bias_hh ? &layer.bias_hh : nullptr;
+    a.weight_hr = layer.weight_hr ? &layer.weight_hr : nullptr, a.projected = layer.weight_hr != nullptr;
+    a.h0 = at(h, i * h_bytes), a.c0 = at(c, i * c_bytes);
+    a.h_n = at(h_n, i * h_bytes), a.c_n = at(c_n, i * c_bytes);
     const bool last = i + 1 == layers_.size();
-    a.output = last ? mutable_array(output) : output_memory[i % 2].get(static_cast<size_t>(T) * h_bytes);
+    a.output = last && output ? output : output_memory[i % 2].get(static_cast<size_t>(T) * h_bytes);
     scan_cpu(a, [](size_t bytes) { return scratch_memory.get(bytes); });
     x = a.output;
   }
 }
 
+namespace {
+
+// The nets that Python holds, by handle.
+std::mutex registry_mutex;
+std::unordered_map<int64_t, std::shared_ptr<const StepNet>>& registry() {
+  static std::unordered_map<int64_t, std::shared_ptr<const StepNet>> nets;
+  return nets;
+}
+
+int64_t step_net(StringHandle name, std::vector<Tensor> weights, int64_t H, int64_t P, bool quantized) {
+  static int64_t next = 1;
+  const std::string cell = take_string(name);
+  auto net = std::make_shared<const StepNet>(cell, std::move(weights), H, P, quantized);
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  registry()[next] = std::move(net);
+  return next++;
+}
+
+void step_free(int64_t handle) {
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  registry().erase(handle);
+}
+
+std::shared_ptr<const StepNet> net_of(int64_t handle) {
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(handle);
+  STD_TORCH_CHECK(found != registry().end(), "fastrnn: no net has handle ", handle);
+  STD_TORCH_CHECK(found->second->is_current(), "fastrnn: a weight has moved");
+  return found->second;
+}
+
+// The leading dimensions of a call, T and B, from its input [T, B, I], [B, I] or [I].
+struct StepCall {
+  const std::shared_ptr<const StepNet> net;
+  const Tensor input;
+  int64_t T, B;
+
+  StepCall(int64_t handle, const Tensor& given) : net(net_of(handle)), input(as_contiguous(given)) {
+    const int64_t dims = input.dim();
+    STD_TORCH_CHECK(dims >= 1 && dims <= 3, "fastrnn: the input must have 1 to 3 dimensions, got ", dims);
+    T = dims == 3 ? input.size(0) : 1, B = dims >= 2 ? input.size(dims - 2) : 1;
+    Sizes sizes = sizes_of(input);
+    sizes.back() = net->I();
+    check(input, "the input", sizes, net->dtype());
+  }
+
+  Sizes state(int64_t width) const { return input.dim() == 1 ? Sizes{net->L(), width} : Sizes{net->L(), B, width}; }
+  Sizes output() const {
+    Sizes sizes = sizes_of(input);
+    sizes.back() = net->P();
+    return sizes;
+  }
+  const void* array(const OptionalTensor& t, const char* name, int64_t width) const {
+    if (!t) return nullptr;
+    check(*t, name, state(width), net->dtype());
+    return t->const_data_ptr();
+  }
+  void check_states(const OptionalTensor& h, const OptionalTensor& c) const {
+    STD_TORCH_CHECK(c.has_value() == (h.has_value() && net->has_c()), "fastrnn: c belongs to the h of an LSTM");
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> step(int64_t handle, Tensor input, OptionalTensor h_, OptionalTensor c_) {
+  const StepCall call(handle, input);
+  const OptionalTensor h = as_contiguous(h_), c = as_contiguous(c_);
+  call.check_states(h, c);
+  const StepNet& net = *call.net;
+  const void *h0 = call.array(h, "h", net.P()), *c0 = call.array(c, "c", net.H());
+  Tensor output = make(call.output(), net.dtype()), h_n = make(call.state(net.P()), net.dtype());
+  Tensor c_n = make(net.has_c() ? call.state(net.H()) : Sizes{0}, net.dtype());
+  net.run(call.T, call.B, call.input.const_data_ptr(), h0, c0, output.mutable_data_ptr(), h_n.mutable_data_ptr(),
+          net.has_c() ? c_n.mutable_data_ptr() : nullptr);
+  return {output, h_n, c_n};
+}
+
+Tensor step_out(int64_t handle, Tensor input, OptionalTensor h_, OptionalTensor c_, Tensor h_n, OptionalTensor c_n) {
+  const StepCall call(handle, input);
+  const OptionalTensor h = as_contiguous(h_), c = as_contiguous(c_);
+  call.check_states(h, c);
+  call.check_states(h_n, c_n);
+  const StepNet& net = *call.net;
+  const void *h0 = call.array(h, "h", net.P()), *c0 = call.array(c, "c", net.H());
+  call.array(h_n, "h_n", net.P()), call.array(c_n, "c_n", net.H());
+  Tensor output = make(call.output(), net.dtype());
+  net.run(call.T, call.B, call.input.const_data_ptr(), h0, c0, output.mutable_data_ptr(), h_n.mutable_data_ptr(),
+          c_n ? c_n->mutable_data_ptr() : nullptr);
+  return output;
+}
+
+}  // namespace
 }  // namespace fastrnn
+
+// A net of given weights, until it is freed; and its steps: input [B, I], [I] or [T, B, I], h [L, B, P], c [L, B, H].
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
+  m.def("step_net(str cell, Tensor[] weights, int H, int P, bool quantized) -> int");
+  m.def("step_free(int net) -> ()");
+  m.def("step(int net, Tensor input, Tensor? h, Tensor? c) -> (Tensor output, Tensor h_n, Tensor c_n)");
+  m.def("step_out(int net, Tensor input, Tensor? h, Tensor? c, Tensor(a!) h_n, Tensor(b!)? c_n) -> Tensor output");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
+  m.impl("step_net", TORCH_BOX(&fastrnn::step_net));
+  m.impl("step", TORCH_BOX(&fastrnn::step));
+  m.impl("step_out", TORCH_BOX(&fastrnn::step_out));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("step_free", TORCH_BOX(&fastrnn::step_free));
+}

@@ -1,43 +1,59 @@
-// A unidirectional net on the CPU, without tensors: what `module.step` calls once per step of a stream, and quantized
-// layers for a sequence.
+// A unidirectional net on the CPU with as little around its kernels as there can be: what `module.step` calls once per
+// step of a stream, and quantized layers for a short sequence.
 //
 // Computes   per layer  h', c' = cell(W_ih x + b_ih, W_hh h + b_hh), x of the next layer = h'
 // Memory     weights read where they lie (no copy, so none can be out of date); scratch kept by each thread
-// Requires   addresses of contiguous arrays of one dtype that live while it is used: the caller holds the tensors and
-//            has checked their shapes
+// Requires   weights whose shapes the caller has checked; refuses a call after one of them has moved
 #pragma once
 
-#include <cstdint>
 #include <string>
-#include <vector>
 
-#include "scan.h"
+#include "cpu/kernels.h"
+#include "tensors.h"
 
 namespace fastrnn {
 
-// Addresses of the weights of a layer, 0 where there is none: weight_ih [G * H, I], weight_hh [G * H, P], bias_ih and
-// bias_hh [G * H], weight_hr [P, H]; scales of weight_ih and weight_hh [G * H] (int8 only).
+// A layer: weight_ih [G * H, I], weight_hh [G * H, P], bias_ih and bias_hh [G * H] or none, weight_hr [P, H] or none;
+// scales of weight_ih and weight_hh [G * H] (int8 only).
 struct StepLayer {
-  uintptr_t weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, scale_ih, scale_hh;
+  const void *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
+  const float *scale_ih, *scale_hh;
 };
 
-class Step {
+class StepNet {
  public:
-  // cell and dtype by name; weight_type: "storage", "bfloat16" or "int8". Throws std::invalid_argument.
-  Step(const std::string& cell, const std::string& dtype, const std::string& weight_type, int64_t I, int64_t H,
-       int64_t P, std::vector<StepLayer> layers);
+  // Seven weights for each layer, in the order of StepLayer; an empty tensor [0] where there is none. quantized:
+  // weight_ih and weight_hh are int8 or bfloat16 beside float activations.
+  StepNet(const std::string& cell, std::vector<Tensor> weights, int64_t H, int64_t P, bool quantized);
 
-  // T steps: input [T, B, I], h and h_n [L, B, P], c and c_n [L, B, H] (0 for cells without c), output [T, B, P]. h_n
-  // may be h, and c_n c. h 0: zeros.
-  void run(int64_t T, int64_t B, uintptr_t input, uintptr_t h, uintptr_t c, uintptr_t output, uintptr_t h_n,
-           uintptr_t c_n) const;
+  // Whether every weight lies where it lay.
+  bool is_current() const;
+
+  // T steps: input [T, B, I], h and h_n [L, B, P], c and c_n [L, B, H] (null for cells without c), output [T, B, P] (or
+  // null: not wanted). h_n may be h, and c_n c. h null: zeros.
+  void run(int64_t T, int64_t B, const void* input, const void* h, const void* c, void* output, void* h_n,
+           void* c_n) const;
+
+  ScalarType dtype() const { return dtype_; }
+  bool has_c() const { return kCells[static_cast<int>(shape_.cell)].has_c; }
+  int64_t I() const { return I_; }
+  int64_t H() const { return shape_.H; }
+  int64_t P() const { return shape_.P; }
+  int64_t L() const { return static_cast<int64_t>(layers_.size()); }
 
  private:
   void input_product(const StepLayer& layer, const void* x, int64_t rows, int64_t K, char* gates) const;
 
   ScanShape shape_;
+  ScalarType dtype_;
   int64_t I_;
+  std::vector<Tensor> weights_;
+  std::vector<const void*> addresses_;
   std::vector<StepLayer> layers_;
 };
+
+CellId cell_of(const std::string& name);
+Dtype dtype_of(ScalarType dtype);
+std::string take_string(StringHandle handle);
 
 }  // namespace fastrnn

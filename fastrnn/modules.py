@@ -50,9 +50,11 @@ class Layer(nn.RNNBase):
             ...     for frame in torch.randn(100, 1, 40):
             ...         output, state = layer.step(frame, state)
         """
-        return stream.step(self, self._spec(), input, state, out)
+        result = stream.run(self, input, state, out) if _is_frame(input) else None
+        return stream.step(self, self._spec(), input, state, out) if result is None else result
 
-    def _new_stepper(self, spec: checks.LayerSpec) -> stream.Stepper | None:
+    def _new_stepper(self) -> stream.Stepper | None:
+        spec = self._spec()
         names, weights = self._flat_weights_names, self._weights()
         if (
             spec.directions == 2
@@ -60,9 +62,7 @@ class Layer(nn.RNNBase):
             or not stream.can_step(spec, weights)
         ):
             return None
-        return stream.Stepper(
-            self, spec, stream.weights_of_layers(spec, names, weights), weights[0].dtype
-        )
+        return stream.Stepper(self, spec, stream.weights_of_layers(spec, names, weights))
 
     def _spec(self) -> checks.LayerSpec:
         return checks.layer_spec(
@@ -191,6 +191,10 @@ class GRU(Layer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
+
+
+def _is_frame(input: Any) -> bool:
+    return isinstance(input, Tensor) and input.dim() <= 2
 
 
 def _refuse_proj_size(kwargs: dict[str, Any]) -> None:

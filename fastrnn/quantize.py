@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from . import modules, stream
-from .checks import LayerSpec
 from .swap import Entry, SwapReport
 
 _TYPES = {"bf16": "bfloat16", "int8": "int8"}
@@ -42,13 +41,10 @@ class QuantizedLayer(modules.Layer):
         brought back to float32, is the faster or the only one."""
         if type(input) is not Tensor or input.dim() != 3 or torch.is_grad_enabled():
             return None
-        if self.training and self.dropout:
-            return None
         data = input.transpose(0, 1) if self.batch_first else input
         if not 0 < data.shape[1] <= MAX_DIRECT_BATCH or data.shape[0] == 0:
             return None
-        found = stream.current_stepper(self, self._spec())
-        result = None if found is None else found.sequence(data.contiguous(), hx)
+        result = stream.run(self, data, hx)
         if result is None:
             return None
         output, state = result
@@ -71,8 +67,8 @@ class QuantizedLayer(modules.Layer):
             return weight.float()
         return weight.float() * getattr(self, name + "_scale").unsqueeze(1)
 
-    def _new_stepper(self, spec: LayerSpec) -> stream.Stepper | None:
-        names = self._flat_weights_names
+    def _new_stepper(self) -> stream.Stepper | None:
+        spec, names = self._spec(), self._flat_weights_names
         if (
             spec.directions == 2
             or not stream.can_step(spec, self._weights())
@@ -87,8 +83,7 @@ class QuantizedLayer(modules.Layer):
                     *(getattr(self, name) for name in scale_names),
                 )
                 stored.names[i] = (*own[:5], *scale_names)
-        weights = stored._replace(type=self._weight_type)
-        return stream.Stepper(self, spec, weights, torch.float32)
+        return stream.Stepper(self, spec, stored._replace(quantized=True))
 
 
 class QuantizedRNN(QuantizedLayer, modules.RNN):

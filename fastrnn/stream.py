@@ -2,14 +2,15 @@
 kernels as there can be.
 
 The weights are read where they lie, so that no update of them can be missed: in place, through
-``.data``, by an optimizer or by ``load_state_dict``. What is kept from call to call are addresses,
-and a call that finds another tensor, address or shape looks them up anew.
+``.data``, by an optimizer or by ``load_state_dict``. What is kept from call to call is where they
+lie, and a call that finds another tensor, or the same one elsewhere, looks anew.
 
 Dimension key: see functional.py.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,132 +22,66 @@ from .checks import LayerSpec
 
 T = TypeVar("T")
 
-_DTYPES = {
-    torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}  # fmt: skip
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class StepWeights(NamedTuple):
-    """The weights of a net for its steps, for each layer weight_ih, weight_hh, biases, weight_hr,
-    scales; and where the module holds each of them."""
+    """The weights of a net for its steps, for each layer weight_ih, weight_hh, both biases,
+    weight_hr, both scales; and where the module holds each of them."""
 
     layers: list[tuple[Tensor | None, ...]]
     names: list[tuple[str | None, ...]]
-    type: str  # "storage", "bfloat16" or "int8"
+    quantized: bool
 
 
 class Stepper:
-    """The addresses behind a module's weights, and the step over them. Copies and pickles of the
-    module do without it."""
+    """The steps over a module's weights, where these lie. Copies and pickles of the module do
+    without it."""
 
-    def __init__(
-        self, module: nn.Module, spec: LayerSpec, weights: StepWeights, dtype: torch.dtype
-    ) -> None:
-        from . import _C
-
-        self.spec, self.dtype = spec, dtype
-        stores = (module._parameters, module._buffers)
+    def __init__(self, module: nn.Module, spec: LayerSpec, weights: StepWeights) -> None:
+        self.spec, self.has_c = spec, spec.has_c
         self.held = [
-            (store, name, t, t.data_ptr(), t.shape)
+            (store, name, t)
             for names, layer in zip(weights.names, weights.layers, strict=True)
             for name, t in zip(names, layer, strict=True)
             if name is not None and t is not None
-            for store in stores
+            for store in (module._parameters, module._buffers)
             if name in store
         ]
-        addresses: list[Any] = [
-            tuple(0 if t is None else t.data_ptr() for t in layer) for layer in weights.layers
-        ]
-        self.run = _C.Step(
-            spec.cell, _DTYPES[dtype], weights.type, spec.input_size, spec.hidden_size,
-            spec.output_size, addresses,
-        ).run  # fmt: skip
+        tensors = [torch.empty(0) if t is None else t for layer in weights.layers for t in layer]
+        self.net: int = torch.ops.fastrnn.step_net(
+            spec.cell, tensors, spec.hidden_size, spec.output_size, weights.quantized
+        )
+        weakref.finalize(self, torch.ops.fastrnn.step_free, self.net)
 
-    def is_current(self, spec: LayerSpec) -> bool:
-        """Whether every weight is still the tensor it was, in the memory where it was, of a layer
-        that is what it was."""
-        if spec is not self.spec:
-            return False
-        for store, name, held, address, shape in self.held:
-            if (
-                store.get(name) is not held
-                or held.data_ptr() != address
-                or held.shape != shape
-                or not held.is_contiguous()
-            ):
-                return False
-        return True
+    def is_current(self) -> bool:
+        """Whether every weight is still the tensor it was. Whether it lies where it lay, the
+        operators find out."""
+        return all(store.get(name) is held for store, name, held in self.held)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
 
-    def step(self, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any] | None:
-        """One step over input [B, I]. None if the arguments are not simply right: the general path
-        then says what is wrong with them, or deals with them."""
-        if type(input) is not Tensor or input.dim() != 2:
-            return None
-        return self._run(1, input.shape[0], input, state, out)
+    def run(self, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any]:
+        """Output and new state of input [B, I], [I] or [T, B, I].
 
-    def sequence(self, input: Tensor, state: Any) -> tuple[Tensor, Any] | None:
-        """All steps over input [T, B, I]; otherwise as ``step``."""
-        if type(input) is not Tensor or input.dim() != 3:
-            return None
-        return self._run(input.shape[0], input.shape[1], input, state, None)
-
-    def _run(
-        self, T: int, B: int, input: Tensor, state: Any, out: Any
-    ) -> tuple[Tensor, Any] | None:
-        spec, dtype = self.spec, self.dtype
-        shape = input.shape
-        if shape[-1] != spec.input_size or input.dtype is not dtype or not input.is_cpu:
-            return None
-        if not input.is_contiguous():
-            return None
-        h, c = self._states(state, B)
-        if state is not None and h is None:
-            return None
-        h_n, c_n = self._states(out, B)
-        if h_n is None:
-            if out is not None:
-                return None
-            L, H, P = spec.num_layers, spec.hidden_size, spec.output_size
-            h_n = torch.empty((L, B, P), dtype=dtype)
-            c_n = torch.empty((L, B, H), dtype=dtype) if spec.has_c else None
-        output = torch.empty((*shape[:-1], spec.output_size), dtype=dtype)
-        self.run(
-            T,
-            B,
-            input.data_ptr(),
-            0 if h is None else h.data_ptr(),
-            0 if c is None else c.data_ptr(),
-            output.data_ptr(),
-            h_n.data_ptr(),
-            0 if c_n is None else c_n.data_ptr(),
-        )
+        Raises:
+            RuntimeError: an argument is not simply right, or a weight has moved.
+        """
+        if not self.has_c:
+            h, c, h_n, c_n = state, None, out, None
+        else:
+            h, c = (None, None) if state is None else self._pair(state)
+            h_n, c_n = (None, None) if out is None else self._pair(out)
         if out is not None:
-            return output, out
-        return output, h_n if c_n is None else (h_n, c_n)
+            return _ops.step_out(self.net, input, h, c, h_n, c_n), out
+        output, h_n, c_n = _ops.step(self.net, input, h, c)
+        return output, (h_n, c_n) if self.has_c else h_n
 
-    def _states(self, state: Any, B: int) -> tuple[Tensor | None, Tensor | None]:
-        """h and c of a state whose addresses can be used; None and None for any other."""
-        spec = self.spec
-        if not spec.has_c:
-            return (state, None) if self._fits(state, B, spec.output_size) else (None, None)
-        if type(state) is not tuple or len(state) != 2:
-            return None, None
-        h, c = state
-        fits = self._fits(h, B, spec.output_size) and self._fits(c, B, spec.hidden_size)
-        return (h, c) if fits else (None, None)
-
-    def _fits(self, t: Any, B: int, width: int) -> bool:
-        return (
-            type(t) is Tensor
-            and t.shape == (self.spec.num_layers, B, width)
-            and t.dtype is self.dtype
-            and t.is_cpu
-            and t.is_contiguous()
-        )
+    def _pair(self, state: Any) -> Any:
+        if not isinstance(state, (tuple, list)):
+            raise TypeError(f"LSTM: a state is a pair of Tensors, got {type(state).__name__}")
+        return state
 
 
 def weights_of_layers(
@@ -165,7 +100,7 @@ def weights_of_layers(
     return StepWeights(
         [in_places(weights[part]) for part in parts],
         [in_places(names[part]) for part in parts],
-        "storage",
+        quantized=False,
     )
 
 
@@ -185,30 +120,30 @@ def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def current_stepper(module: Any, spec: LayerSpec) -> Stepper | None:
-    """The Stepper over the module's weights as they are now; None where there can be none."""
-    if not _ops.is_plain_native():
+def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor, Any] | None:
+    """The steps of ``module`` over the input by its Stepper; None where the general path has to
+    run, or to say what is wrong."""
+    if torch.is_grad_enabled() or not _ops.is_plain_native() or type(input) is not Tensor:
+        return None
+    if module.training and module.dropout:
         return None
     stepper: Stepper | None = module.__dict__.get("_stepper")
-    if stepper is None or not stepper.is_current(spec):
-        stepper = module.__dict__["_stepper"] = module._new_stepper(spec)
-    return stepper
+    if stepper is not None and stepper.is_current():
+        try:
+            return stepper.run(input, state, out)
+        except (RuntimeError, TypeError, ValueError):  # tried again below, and then by forward
+            pass
+    stepper = module.__dict__["_stepper"] = module._new_stepper()
+    if stepper is None:
+        return None
+    try:
+        return stepper.run(input, state, out)
+    except (RuntimeError, TypeError, ValueError):
+        return None
 
 
 def step(module: Any, spec: LayerSpec, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any]:
-    """``module.step`` for the layers of :mod:`fastrnn.modules`."""
-    if not torch.is_grad_enabled() and not (module.training and module.dropout):
-        stepper = current_stepper(module, spec)
-        result = None if stepper is None else stepper.step(input, state, out)
-        if result is not None:
-            return result
-    return _general(module, spec, input, state, out)
-
-
-def _general(
-    module: Any, spec: LayerSpec, input: Tensor, state: Any, out: Any
-) -> tuple[Tensor, Any]:
-    """The same by ``module.forward``, for everything else: gradients, other devices, autocast."""
+    """``module.step`` for the layers of :mod:`fastrnn.modules`, outside its fast path."""
     if spec.directions == 2:
         raise ValueError(
             f"{spec.name}: a bidirectional layer has no single step, its reverse direction begins "

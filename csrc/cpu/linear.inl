@@ -50,7 +50,7 @@ void linear_blocks(const T* input, const W* weight, const Compute<T>* scale, Com
       const Vec<S> factor = scale ? load(scale + column, n) : Vec<S>(S(1));
       for (int64_t r = 0; r < rows; ++r) {
         S* target = result + r * columns + column;
-        store(target, fma(factor, dot_lanes(row, panel[r], width), load(target, n)), n);
+        store(target, fma(factor, dot_lanes(row, panel[r], width, kLanes * K), load(target, n)), n);
       }
     }
   }

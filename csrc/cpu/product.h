@@ -219,32 +219,80 @@ void product(const S* panel, int64_t stride, int64_t rows, const S* packed, cons
   }
 }
 
-// The products of kLanes rows of weights of type W, K long, with one x, each in its lane.
+// Lanes of a register part of 16 bytes, within which shuffles are cheap, and the number of parts.
+template <class S>
+constexpr int kPart = 16 / static_cast<int>(sizeof(S));
+template <class S>
+constexpr int kParts = Vec<S>::kLanes / kPart<S>;
+
+// a and b interleaved within each part, lower and upper halves of the parts, and added.
+template <class S, size_t... I>
+FASTRNN_INLINE Vec<S> interleave_add(Vec<S> a, Vec<S> b, std::index_sequence<I...>) {
+  constexpr int n = sizeof...(I), w = kPart<S>;
+  return Vec<S>(__builtin_shufflevector(a.raw, b.raw, static_cast<int>(I / w * w + I % w / 2 + I % 2 * n)...)) +
+         Vec<S>(__builtin_shufflevector(a.raw, b.raw, static_cast<int>(I / w * w + w / 2 + I % w / 2 + I % 2 * n)...));
+}
+// The even blocks of `width` parts of a and b, one after the other, and the odd ones, added.
+template <class S, int width, size_t... I>
+FASTRNN_INLINE Vec<S> add_parts(Vec<S> a, Vec<S> b, std::index_sequence<I...>) {
+  constexpr int n = sizeof...(I), w = kPart<S> * width;
+  return Vec<S>(
+             __builtin_shufflevector(a.raw, b.raw, static_cast<int>(I / (2 * w) * 2 * w + I % w + I / w % 2 * n)...)) +
+         Vec<S>(__builtin_shufflevector(a.raw, b.raw,
+                                        static_cast<int>(I / (2 * w) * 2 * w + w + I % w + I / w % 2 * n)...));
+}
+
+// The accumulator whose lanes sum_lanes adds up into this lane.
+template <class S>
+constexpr int accumulator_of(int lane) {
+  return lane / kPart<S> + lane % kPart<S> * kParts<S>;
+}
+
+// Lane i of the result is the sum over the lanes of accumulator accumulator_of(i).
+template <class S>
+FASTRNN_INLINE Vec<S> sum_lanes(Vec<S>* sum) {
+  constexpr int n = Vec<S>::kLanes;
+  constexpr auto lanes = std::make_index_sequence<n>();
+#pragma GCC unroll 4
+  for (int count = n / 2; count >= kParts<S>; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) sum[i] = interleave_add<S>(sum[i], sum[i + count], lanes);
+  if constexpr (kParts<S> == 4) {
+    sum[0] = add_parts<S, 2>(sum[0], sum[2], lanes);
+    sum[1] = add_parts<S, 2>(sum[1], sum[3], lanes);
+  }
+  if constexpr (kParts<S> > 1) sum[0] = add_parts<S, 1>(sum[0], sum[1], lanes);
+  return sum[0];
+}
+
+// The products of kLanes rows of weights of type W, K long, with one x, each in its lane; meanwhile the weights `ahead`
+// elements further on are fetched into the cache.
 template <class W, class S>
-FASTRNN_INLINE Vec<S> dot_lanes(const W* const* row, const S* x, int64_t K) {
+FASTRNN_INLINE Vec<S> dot_lanes(const W* const* row, const S* x, int64_t K, int64_t ahead) {
   using V = Vec<S>;
-  constexpr int kLanes = V::kLanes;
+  constexpr int kLanes = V::kLanes, kLine = 64 / static_cast<int>(sizeof(W));
   const int64_t whole = K / kLanes * kLanes;
+  const W* weights[kLanes];
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes; ++lane) weights[accumulator_of<S>(lane)] = row[lane];
   V sum[kLanes];
 #pragma GCC unroll 16
-  for (int lane = 0; lane < kLanes; ++lane) sum[lane] = V(S(0));
+  for (int i = 0; i < kLanes; ++i) sum[i] = V(S(0));
   for (int64_t k = 0; k < whole; k += kLanes) {
     const V now = load(x + k, kLanes);
 #pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(load(row[lane] + k, kLanes), now, sum[lane]);
+    for (int i = 0; i < kLanes; ++i) sum[i] = fma(load(weights[i] + k, kLanes), now, sum[i]);
+    if (k % kLine == 0)
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) __builtin_prefetch(weights[i] + k + ahead);
   }
   if (whole < K) {
     const int rest = static_cast<int>(K - whole);
     const V now = load(x + whole, rest);
 #pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(load(row[lane] + whole, rest), now, sum[lane]);
+    for (int i = 0; i < kLanes; ++i) sum[i] = fma(load(weights[i] + whole, rest), now, sum[i]);
   }
-  transpose<S>(sum);
-#pragma GCC unroll 4
-  for (int n = kLanes / 2; n > 0; n /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) sum[i] = sum[i] + sum[i + n];
-  return sum[0];
+  return sum_lanes<S>(sum);
 }
 
 // sums as of `product`, from weight [gates, units, K] where it lies; scale [gates, units]: a factor of each row, or
@@ -254,15 +302,19 @@ void product_direct(const S* panel, int64_t stride, int64_t rows, const W* weigh
                     int64_t begin, int64_t end, S* sums) {
   constexpr int kLanes = Vec<S>::kLanes;
   const int64_t vectors = s.vectors_in(begin, end), row_sums = s.columns(begin, end) * kLanes;
+  const auto row_of = [&](int64_t column, int lane) {  // behind the last unit: that unit again
+    const int64_t j = (s.first_vector(begin) + column / s.gates) * kLanes + lane;
+    return (column % s.gates * s.units + (j < s.units ? j : s.units - 1)) * s.K;
+  };
   for (int64_t column = 0; column < vectors * s.gates; ++column) {
     const int64_t g = column % s.gates, j = (s.first_vector(begin) + column / s.gates) * kLanes;
     const W* row[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane)  // behind the last unit: that unit again
-      row[lane] = weight + (g * s.units + (j + lane < s.units ? j + lane : s.units - 1)) * s.K;
+    for (int lane = 0; lane < kLanes; ++lane) row[lane] = weight + row_of(column, lane);
+    const int64_t ahead = column + 1 < vectors * s.gates ? row_of(column + 1, 0) - row_of(column, 0) : 0;
     const int n = s.units - j < kLanes ? static_cast<int>(s.units - j) : kLanes;
     const Vec<S> factor = scale ? load(scale + g * s.units + j, n) : Vec<S>(S(1));
     for (int64_t b = 0; b < rows; ++b)
-      store(sums + b * row_sums + column * kLanes, factor * dot_lanes(row, panel + b * stride, s.K), kLanes);
+      store(sums + b * row_sums + column * kLanes, factor * dot_lanes(row, panel + b * stride, s.K, ahead), kLanes);
   }
 }
 
