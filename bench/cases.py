@@ -19,9 +19,16 @@ MODES = ("inference", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class Unsupported(Exception):
+    """A library has no way to run a workload; says why."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One shape.  I = H unless given; with lengths, the input is packed and T is the longest."""
+    """One shape.  I = H unless given; with lengths, the input is packed and T is the longest.
+
+    A carried case is given its initial state, as the step of a stream is; the others start at zero.
+    """
 
     id: str
     reason: str
@@ -32,6 +39,7 @@ class Case:
     layers: int = 1
     bidirectional: bool = False
     lengths: tuple[int, ...] | None = None
+    carried: bool = False
     dtype: str = "float32"
 
     @property
@@ -59,6 +67,8 @@ class Case:
             parts.append("D=2")
         if self.lengths:
             parts.append(f"lengths {min(self.lengths)}-{max(self.lengths)}")
+        if self.carried:
+            parts.append("state given")
         return " ".join(parts)
 
 
@@ -68,10 +78,10 @@ def spread_lengths(count: int, shortest: int, longest: int) -> tuple[int, ...]:
 
 
 CASES = (
-    Case("stream-64", "one step of a stream, small: the cost of a call", T=1, B=1, H=64),
-    Case("stream-128", "one step of a stream", T=1, B=1, H=128),
-    Case("stream-256", "one step of a stream", T=1, B=1, H=256),
-    Case("stream-512", "one step of a stream, weights outside L2", T=1, B=1, H=512),
+    Case("stream-64", "a step of a stream, small: cost of a call", T=1, B=1, H=64, carried=True),
+    Case("stream-128", "a step of a stream", T=1, B=1, H=128, carried=True),
+    Case("stream-256", "a step of a stream", T=1, B=1, H=256, carried=True),
+    Case("stream-512", "a step of a stream, weights outside L2", T=1, B=1, H=512, carried=True),
     Case("online-64", "one sequence, small: latency of a step", T=128, B=1, H=64),
     Case("online-512", "one sequence, large: bandwidth of the weights", T=64, B=1, H=512),
     Case("small-batch", "few rows: between bandwidth and arithmetic", T=128, B=8, H=128),
@@ -102,18 +112,19 @@ def twin(case: Case, dtype: str) -> Case:
 
 @dataclass(frozen=True)
 class Workload:
-    """What every library is given: the same weights, the same input, the same cotangent."""
+    """What every library is given: the same weights, input, initial state and cotangent."""
 
     case: Case
     cell: str
     mode: str
     module: nn.RNNBase  # torch.nn's
     input: Tensor | PackedSequence  # [T, B, I], or packed [rows, I]
+    state: Tensor | tuple[Tensor, ...] | None  # [L*D, B, H], of a carried case; an LSTM's has two
     cotangent: Tensor  # of the output: [T, B, D*H], or packed [rows, D*H]
 
 
 def build_workload(case: Case, cell: str, mode: str, seed: int = 0) -> Workload:
-    """Draw weights, input and cotangent from the seed, on the CPU."""
+    """Draw weights, input, cotangent and state from the seed, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     dtype = DTYPES[case.dtype]
     module = getattr(nn, CELLS[cell])(
@@ -129,7 +140,12 @@ def build_workload(case: Case, cell: str, mode: str, seed: int = 0) -> Workload:
         input = pack_padded_sequence(padded, torch.tensor(case.lengths))
     leading = (case.rows,) if case.lengths else (case.T, case.B)
     cotangent = torch.randn(*leading, case.D * case.H, generator=generator).to(dtype)
-    return Workload(case, cell, mode, module, input, cotangent)
+    state: Tensor | tuple[Tensor, ...] | None = None
+    if case.carried:
+        sizes = (case.layers * case.D, case.B, case.H)
+        h0, c0 = (torch.rand(sizes, generator=generator).sub(0.5).to(dtype) for _ in range(2))
+        state = (h0, c0) if cell == "lstm" else h0
+    return Workload(case, cell, mode, module, input, state, cotangent)
 
 
 def flops(case: Case, cell: str, mode: str) -> int:
@@ -139,19 +155,46 @@ def flops(case: Case, cell: str, mode: str) -> int:
     return per_row * case.rows * (3 if mode == "training" else 1)
 
 
+def weight_bytes(case: Case, cell: str) -> tuple[int, int]:
+    """Count the bytes of the input and of the recurrent weights, all layers and directions."""
+    inputs = case.I + (case.layers - 1) * case.D * case.H  # of all layers together
+    per_unit = GATES[cell] * case.H * case.D * DTYPES[case.dtype].itemsize
+    return per_unit * inputs, per_unit * case.layers * case.H
+
+
+def traffic(case: Case, cell: str, mode: str) -> int:
+    """Count the bytes of weights that have to be moved, however little the batch computes on them.
+
+    Forward: W_ih once, W_hh once per step, except a first step whose state is zero.  Training,
+    besides: W_ih once for the gradient of the input, W_hh once per step except the last, and the
+    gradients of both, written once.
+    """
+    input, recurrent = weight_bytes(case, cell)
+    total = input + recurrent * (case.T if case.carried else case.T - 1)
+    if mode == "training":
+        total += input + recurrent * (case.T - 1) + input + recurrent
+    return total
+
+
+def working_set(case: Case, cell: str) -> int:
+    """Count the bytes read over and over: W_hh of one layer and direction; all of one step."""
+    input, recurrent = weight_bytes(case, cell)
+    return input + recurrent if case.T == 1 else recurrent // (case.layers * case.D)
+
+
 def bind(module: nn.Module, workload: Workload) -> Callable[[], tuple[Tensor, ...]]:
     """Return the call that is timed: a module of torch.nn's interface on the workload.
 
     Inference: forward without gradients; returns output and final states.
     Training: forward, then the gradients of the input and of all parameters; returns these too.
-    The optimizer is not part of it.
+    The optimizer is not part of it, nor is the gradient of a state that was carried here.
     """
     if workload.mode == "inference":
         source = workload.input
 
         def infer() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return _flat(*module(source))
+                return _flat(*module(source, workload.state))
 
         return infer
 
@@ -159,7 +202,7 @@ def bind(module: nn.Module, workload: Workload) -> Callable[[], tuple[Tensor, ..
     leaves = [leaf, *module.parameters()]
 
     def train() -> tuple[Tensor, ...]:
-        output, *states = _flat(*module(source))
+        output, *states = _flat(*module(source, workload.state))
         gradients = torch.autograd.grad(output, leaves, workload.cotangent)
         return (output.detach(), *(state.detach() for state in states), *gradients)
 

@@ -1,53 +1,31 @@
-"""Draws the speed-ups in a result file of bench.run, or prints them as a Markdown table.
+"""Draws the speed-ups in a result file of bench.run, or prints them as Markdown tables.
 
     python -m bench.plot RESULTS.json --out PICTURE.png
     python -m bench.plot RESULTS.json --table
 
-Every row of the file appears, the lost ones (below 1) and the red ones too.
+Both show how many times faster fastrnn is than torch.nn and than the best rival of each row, and
+the geometric means.  Every row of the file appears, the lost ones (below 1) and the red ones too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.cases import CELLS, MODES
-from bench.rivals import FASTRNN
+from bench.rivals import FASTRNN, TORCH_NN
+from bench.rows import Row, Setting, best_rival, geometric_mean, load, plural, ratio, settings
+from bench.run import duration
 
-Row = dict[str, Any]
-Setting = tuple[str, int]  # dtype, threads
+Column = tuple[str, str]  # cell, mode
 
-COLOURS = {"lstm": "#1f4e8c", "gru": "#2a9d6f", "rnn": "#d9822b"}
-MARKERS = {"lstm": "o", "gru": "s", "rnn": "^"}
-REQUIRED = (
-    *("case", "shape", "cell", "mode", "dtype", "threads"),
-    *("results", "speedup", "speedup_p20", "speedup_p80"),
-    *("device", "versions", "kernels", "commit", "date", "load", "cores"),
-)
-
-
-def load(path: str | Path) -> list[Row]:
-    """Read a result file; ValueError, naming the file, if it is not one."""
-    try:
-        rows = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: expected a list of rows")
-    for number, row in enumerate(rows):
-        missing = [key for key in REQUIRED if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise ValueError(f"{path}: row {number} has no {', '.join(missing)}")
-    return rows
-
-
-def settings(rows: list[Row]) -> list[Setting]:
-    """Return the (dtype, threads) of the rows, in order of appearance."""
-    return list(dict.fromkeys((row["dtype"], row["threads"]) for row in rows))
+LOSS, RED = "#8e1b0e", "#d9d9d9"
+SHORT = {TORCH_NN: "torch", "onnxruntime": "ORT", "openvino": "OV", "jax": "JAX"}
+FULL_COLOUR = 4.0  # the ratio, or its inverse, from which on the colour no longer changes
 
 
 def source(rows: list[Row]) -> str:
@@ -63,32 +41,39 @@ def source(rows: list[Row]) -> str:
 
 def name_of(setting: Setting) -> str:
     dtype, threads = setting
-    return f"{dtype}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{dtype}, {plural(threads, 'thread')}"
+
+
+def columns_of(rows: list[Row]) -> list[Column]:
+    present = {(row["cell"], row["mode"]) for row in rows}
+    return [(cell, mode) for cell in CELLS for mode in MODES if (cell, mode) in present]
+
+
+def select(rows: list[Row], setting: Setting) -> dict[tuple[str, str, str], Row]:
+    """Return the rows of a setting by case, cell and mode."""
+    return {
+        (row["case"], row["cell"], row["mode"]): row
+        for row in rows
+        if (row["dtype"], row["threads"]) == setting
+    }
 
 
 def table(rows: list[Row]) -> str:
-    """Lay out fastrnn's time and its speed-up over torch.nn: a Markdown table per setting."""
+    """Lay out times and speed-ups: a Markdown table per dtype and number of threads."""
     parts = []
     for setting in settings(rows):
-        chosen = {
-            (row["case"], row["cell"], row["mode"]): row
-            for row in rows
-            if (row["dtype"], row["threads"]) == setting
-        }
+        chosen = select(rows, setting)
         shapes = {row["case"]: row["shape"] for row in chosen.values()}
-        columns = [
-            (cell, mode)
-            for cell in CELLS
-            for mode in MODES
-            if any(key[1:] == (cell, mode) for key in chosen)
-        ]
+        columns = columns_of(list(chosen.values()))
         header = ["case", "shape", *(f"{cell.upper()} {mode}" for cell, mode in columns)]
         text = [header, ["---", "---", *["---:"] * len(columns)]]
         for case, shape in shapes.items():
             entries = [entry(chosen.get((case, *column))) for column in columns]
             text.append([case, shape, *entries])
+        text.append(["**geometric mean**", "", *(means(chosen, column) for column in columns)])
         parts.append(
-            f"**{name_of(setting)}**: time of fastrnn, and how many times faster than torch.nn\n\n"
+            f"**{name_of(setting)}**: time of fastrnn; how many times faster than torch.nn / than "
+            "the best rival, where that is another\n\n"
             + "\n".join("| " + " | ".join(line) + " |" for line in text)
         )
     return "\n\n".join([*parts, source(rows)])
@@ -99,82 +84,118 @@ def entry(row: Row | None) -> str:
         return ""
     if row["speedup"] is None:
         return "red"
-    return f"{duration(row['results'][FASTRNN]['median'])}, {row['speedup']:.2f}×"
+    text = f"{duration(row['results'][FASTRNN]['median'])}, {row['speedup']:.2f}×"
+    best = best_rival(row)
+    if best in (None, TORCH_NN):
+        return text
+    return f"{text} / {ratio(row):.2f}× {SHORT.get(best or '', best)}"
 
 
-def duration(seconds: float) -> str:
-    """Write a duration with three significant digits."""
-    value, unit = (1e6 * seconds, "µs") if seconds < 1e-3 else (1e3 * seconds, "ms")
-    digits = 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:.{digits}f} {unit}"
+def means(chosen: dict[tuple[str, str, str], Row], column: Column) -> str:
+    """Write the geometric means over the cases: over torch.nn and over the best rival."""
+    rows = [row for key, row in chosen.items() if key[1:] == column]
+    pair = [geometric_mean(ratio(row, name) for row in rows) for name in (TORCH_NN, None)]
+    return " / ".join("" if value is None else f"{value:.2f}×" for value in pair)
 
 
 def draw(rows: list[Row], path: str | Path) -> None:
-    """Draw one panel per setting and mode: a line per case, a mark per cell, 1.0 marked."""
+    """Draw a panel per setting and mode: a line per case, per cell a column for each comparison."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     groups = settings(rows)
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    shapes = {row["case"]: row["shape"] for row in rows}
+    cells = [cell for cell in CELLS if any(row["cell"] == cell for row in rows)]
     figure = Figure(
-        figsize=(2.6 + 4.4 * len(modes), len(groups) * (1.1 + 0.42 * len(cases)) + 0.7),
+        figsize=(
+            2.6 + (0.4 + 1.35 * len(cells)) * len(modes),
+            len(groups) * (len(cases) + 4.5) / 3.4,
+        ),
         layout="constrained",
     )
-    figure.suptitle("Speed-up of fastrnn over torch.nn (log scale; right of 1 is faster)")
-    figure.supxlabel(source(rows), fontsize=7, color="#555555")
+    figure.suptitle(
+        "How many times faster fastrnn is than torch.nn, and than the best rival\n"
+        "blue: faster; red: slower; grey: wrong numbers, not timed",
+        fontsize=11,
+    )
+    figure.supxlabel(source(rows), fontsize=6, color="#555555", wrap=True)
     panels = figure.subplots(len(groups), len(modes), squeeze=False, sharex=True, sharey=True)
-    keys = ("speedup", "speedup_p20", "speedup_p80")
-    ratios = [row[key] for row in rows if row["speedup"] is not None for key in keys]
-    low, high = min([0.8, *ratios]), max([1.25, *ratios])
-    margin = 1.1 * (high / low) ** 0.15  # for the numbers
-    steps = (1, 2, 5) if high / low < 100 else (1,)
+    shapes = {row["case"]: row["shape"] for row in rows}
     for setting, line in zip(groups, panels, strict=True):
+        chosen = select(rows, setting)
         for mode, panel in zip(modes, line, strict=True):
             panel.set_title(f"{mode}, {name_of(setting)}", fontsize=10)
-            panel.set_xscale("log")
-            panel.set_xlim(low / margin, high * margin)
-            panel.axvspan(low / margin, 1, color="#c0392b", alpha=0.08, linewidth=0)
-            panel.axvline(1, color="#333333", linewidth=1)
-            for row in rows:
-                if (row["dtype"], row["threads"], row["mode"]) == (*setting, mode):
-                    mark(panel, row, cases.index(row["case"]))
-            panel.set_ylim(len(cases) - 0.5, -0.5)
-            panel.set_yticks(range(len(cases)), [f"{c}\n{shapes[c]}" for c in cases], fontsize=7)
-            panel.set_yticks([i + 0.5 for i in range(len(cases) - 1)], minor=True)
-            panel.tick_params(axis="y", which="both", length=0)
-            panel.grid(axis="y", which="minor", color="#dddddd", linewidth=0.6)
-            panel.xaxis.set_major_locator(LogLocator(base=10, subs=steps))
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
-            panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.spines[["top", "right", "left"]].set_visible(False)
-    for cell in (c for c in CELLS if any(row["cell"] == c for row in rows)):
-        panels[0][-1].plot([], [], MARKERS[cell], color=COLOURS[cell], label=cell.upper())
-    figure.legend(loc="outside upper right", ncols=len(CELLS), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+            draw_panel(panel, chosen, mode, cases, cells)
+            panel.set_yticks(
+                range(len(cases) + 1),
+                [*(f"{case}\n{shapes[case]}" for case in cases), "geometric mean"],
+                fontsize=5,
+            )
+    figure.savefig(path, dpi=150)
 
 
-def mark(panel: Any, row: Row, position: int) -> None:
-    """Draw one row of the file: its ratio, in red if it is a loss, or that it is red.
+def draw_panel(
+    panel: Any,
+    chosen: dict[tuple[str, str, str], Row],
+    mode: str,
+    cases: list[str],
+    cells: list[str],
+) -> None:
+    """Fill a panel: two columns per cell, a line per case, and one for the geometric means."""
+    comparisons = [(cell, name) for cell in cells for name in (TORCH_NN, None)]
+    panel.set_xlim(-0.5, len(comparisons) - 0.5)
+    panel.set_ylim(len(cases) + 0.5, -0.5)
+    for x, (cell, name) in enumerate(comparisons):
+        column = [chosen.get((case, cell, mode)) for case in cases]
+        for y, row in enumerate(column):
+            if row is None:
+                continue
+            if row["speedup"] is None:
+                tile(panel, x, y, RED, "red", LOSS)
+                continue
+            value, best = ratio(row, name), best_rival(row)
+            under = "" if name else f"\n{SHORT.get(best or '', best)}"
+            show(panel, x, y, value, under)
+        mean = geometric_mean(ratio(row, name) for row in column if row is not None)
+        show(panel, x, len(cases), mean, bold=True)
+    panel.set_xticks(
+        range(len(comparisons)),
+        [f"{cell.upper()}\n{'torch.nn' if name else 'best rival'}" for cell, name in comparisons],
+        fontsize=6,
+    )
+    for x in range(2, len(comparisons), 2):
+        panel.axvline(x - 0.5, color="white", linewidth=3)
+    panel.axhline(len(cases) - 0.5, color="black", linewidth=0.8)
+    panel.tick_params(length=0, labelbottom=True)
+    panel.spines[:].set_visible(False)
 
-    The bar spans the 20th to the 80th percentile of the ratios of single rounds.
-    """
-    cell = row["cell"]
-    y = position + 0.27 * (list(CELLS).index(cell) - 1)
-    ratio = row["speedup"]
-    if ratio is None:
-        panel.text(1, y, f" {cell.upper()}: parity red, not timed", fontsize=6, va="center",
-                   color="#c0392b")  # fmt: skip
+
+def show(
+    panel: Any, x: int, y: int, value: float | None, under: str = "", bold: bool = False
+) -> None:
+    """Draw one ratio, with what it is a ratio to below it; losses are outlined as well."""
+    if value is None:
         return
-    panel.plot(ratio, y, MARKERS[cell], color=COLOURS[cell], markersize=4)
-    spread = [row["speedup_p20"], row["speedup_p80"]]
-    panel.plot(spread, [y, y], color=COLOURS[cell], linewidth=1, solid_capstyle="butt")
-    lost = round(ratio, 2) < 1  # as printed
-    panel.annotate(f"{ratio:.2f}", (min(ratio, *spread) if lost else max(ratio, *spread), y),
-                   xytext=(-5 if lost else 5, 0), textcoords="offset points", fontsize=6,
-                   va="center", ha="right" if lost else "left",
-                   color="#c0392b" if lost else "#333333")  # fmt: skip
+    lost = round(value, 2) < 1  # as printed
+    text = f"{value:.2f}{under}" if value < 100 else f"{value:.0f}{under}"
+    tile(panel, x, y, colour(value), text, LOSS if lost else "#222222", bold or lost)
+
+
+def tile(panel: Any, x: int, y: int, face: Any, text: str, ink: str, bold: bool = False) -> None:
+    from matplotlib.patches import Rectangle
+
+    panel.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=face, linewidth=0))
+    weight = "bold" if bold else "normal"
+    panel.text(
+        x, y, text, ha="center", va="center", fontsize=6, color=ink, weight=weight, linespacing=1.0
+    )
+
+
+def colour(value: float) -> tuple[float, float, float]:
+    """Return white at 1, deeper blue above and deeper red below, by the logarithm."""
+    depth = 0.15 + 0.6 * min(abs(math.log(value)) / math.log(FULL_COLOUR), 1)
+    full = (0.26, 0.52, 0.80) if round(value, 2) >= 1 else (0.91, 0.45, 0.38)
+    return tuple(1 - depth * (1 - part) for part in full)  # type: ignore[return-value]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("results", help="a file written by bench.run --json")
     parser.add_argument("--out", metavar="FILE", help="draw into FILE (.png, .svg, .pdf)")
-    parser.add_argument("--table", action="store_true", help="print a Markdown table")
+    parser.add_argument("--table", action="store_true", help="print Markdown tables")
     options = parser.parse_args(arguments)
     if not options.out and not options.table:
         parser.error("nothing to do: give --out FILE, --table, or both")

@@ -1,122 +1,81 @@
 """Times fastrnn against torch.nn and the other libraries that are installed, case by case.
 
     python -m bench.run [--case ID ...] [--cell ...] [--mode ...] [--dtype ...] [--threads N ...]
-                        [--json FILE] [--quick] [--list]
+                        [--base REV] [--json FILE] [--quick] [--list]
 
-All libraries run in one process and take turns, call by call.  Before a case is timed, fastrnn's
-results on it are compared with a float64 run of torch.nn; if they break the rule of
-fastrnn.parity, the case is printed as red, not timed, and the exit code is 1.
+All libraries run in one process and take turns.  Before a case is timed, fastrnn's results on it
+are compared with a float64 run of torch.nn; if they break the rule of fastrnn.parity, the case is
+printed as red, not timed, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import datetime
+import contextlib
 import fnmatch
-import importlib
-import json
-import os
-import platform
-import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-import fastrnn
+from bench import base, rows
 from bench.cases import (
     CASES,
     CELLS,
     DTYPES,
     MODES,
     Case,
+    Unsupported,
     Workload,
-    bind,
     build_workload,
     flops,
+    traffic,
     twin,
+    working_set,
 )
-from bench.measure import Call, Timing, gemm_peak, peak_memory, percentile, time_paired
-from bench.rivals import FASTRNN, RIVALS, TORCH_NN
-from fastrnn import _ops, parity
-
-Row = dict[str, Any]
-
-# Libraries other than fastrnn are only checked to compute the same thing at all.
-OTHERS_ALLOWED = 1e-3
-
-
-def in_float64(workload: Workload) -> Workload:
-    return replace(
-        workload,
-        module=copy.deepcopy(workload.module).double(),
-        input=workload.input.to(torch.float64),
-        cotangent=workload.cotangent.double(),
-    )
+from bench.check import check
+from bench.environment import announce, environment
+from bench.measure import (
+    Call,
+    Samples,
+    Timing,
+    bandwidth,
+    gemm_peak,
+    peak_memory,
+    percentile,
+    pinned,
+    time_paired,
+)
+from bench.rivals import BASE, FASTRNN, RIVALS, TORCH_NN, Rival
+from bench.rows import Row
 
 
-def check(workload: Workload, calls: dict[str, Call]) -> dict[str, dict[str, Any]]:
-    """Compare each call's results with those of torch.nn in float64.
-
-    fastrnn has to satisfy the rule of fastrnn.parity for the output, every final state and, in
-    training, every gradient; other libraries have to be within OTHERS_ALLOWED for what they
-    return.  Gives per library whether it passed, and its worst tensor.
-    """
-    precise = in_float64(workload)
-    expected = named(bind(precise.module, precise)(), workload)
-    same_dtype = named(calls[TORCH_NN](), workload)
-    verdicts = {}
-    for name, call in calls.items():
-        if name == TORCH_NN:
-            continue
-        got = named(call(), workload)
-        if name == FASTRNN:
-            worst = parity.worst(parity.compare(got, same_dtype, expected))
-            verdicts[name] = {"ok": worst.ok, "worst": str(worst)}
-        else:
-            error = max(parity.error(got[key], expected[key]) for key in got)
-            verdicts[name] = {
-                "ok": error <= OTHERS_ALLOWED,
-                "worst": f"error {error:.3g}, allowed {OTHERS_ALLOWED:.3g}",
-            }
-    return verdicts
-
-
-def named(results: Sequence[Any], workload: Workload) -> dict[str, torch.Tensor]:
-    """Name the results of a call, which may end early."""
-    states = ["h_n", "c_n"] if workload.cell == "lstm" else ["h_n"]
-    parameters = [name for name, _ in workload.module.named_parameters()]
-    names = ["output", *states, *(f"d {name}" for name in ["input", *parameters])]
-    return {name: torch.as_tensor(result) for name, result in zip(names, results, strict=False)}
-
-
-def measure(case: Case, cell: str, mode: str, peak: float, quick: bool = False) -> Row:
-    """Check and time one case on the current threads; `peak` is the flop/s of a GEMM."""
+def measure(
+    case: Case, cell: str, mode: str, quick: bool = False, rivals: Iterable[Rival] | None = None
+) -> Row:
+    """Check and time one case on the current threads."""
     workload = build_workload(case, cell, mode)
-    calls = {}
-    for rival in RIVALS:
-        call = None if rival.absent() else rival.make(workload)
-        if call is not None:
-            calls[rival.name] = call
+    calls, skipped = bind_all(RIVALS if rivals is None else rivals, workload)
     verdicts = check(workload, calls)
     row: Row = {
         "case": case.id,
         "reason": case.reason,
         "shape": case.shape(),
+        "sizes": {"T": case.T, "B": case.B, "I": case.I, "H": case.H, "L": case.layers}
+        | {"D": case.D, "rows": case.rows},
         "cell": cell,
         "mode": mode,
         "dtype": case.dtype,
         "threads": torch.get_num_threads(),
-        "gemm_peak": peak,
         "parity": verdicts,
+        "skipped": skipped,
         "results": {},
-        "speedup": None,  # ratio of the medians
+        "ratios": {},
+        "speedup": None,  # over torch.nn: ratio of the medians
         "speedup_p20": None,  # of the ratios of single rounds
         "speedup_p80": None,
     }
@@ -124,80 +83,70 @@ def measure(case: Case, cell: str, mode: str, peak: float, quick: bool = False) 
         return row
     calls = {name: c for name, c in calls.items() if name == TORCH_NN or verdicts[name]["ok"]}
     # Before the clock: profiling a call also warms it up.
-    memory = {name: peak_memory(calls[name]) for name in (TORCH_NN, FASTRNN)}
-    samples = time_paired(calls, 0.05 if quick else 1.0, min_rounds=3 if quick else 7)
-    work = flops(case, cell, mode)
-    for name, seconds in samples.items():
-        timing = Timing.of(seconds)
+    memory = {name: peak_memory(calls[name]) for name in (TORCH_NN, FASTRNN, BASE) if name in calls}
+    with pinned(row["threads"]):
+        before = limits(case, cell, mode, quick)
+        samples = time_paired(calls, 0.05 if quick else 1.0, min_rounds=3 if quick else 7)
+        after = limits(case, cell, mode, quick)
+    row |= {key: max(before[key], after[key]) for key in before}
+    work, moved = flops(case, cell, mode), traffic(case, cell, mode)
+    arithmetic, memory_floor = work / row["gemm_peak"], moved / row["bandwidth"]
+    row["floor"] = max(arithmetic, memory_floor)
+    row["bound"] = "GEMM" if arithmetic >= memory_floor else "memory"
+    for name, sample in samples.items():
+        timing = Timing.of(sample.seconds)
         row["results"][name] = {
             **asdict(timing),
+            "cpus": sample.cpus,
             "peak_bytes": memory.get(name),
-            "gemm_share": work / timing.median / peak,
+            "gemm_share": work / timing.median / row["gemm_peak"],
+            "floor_share": row["floor"] / timing.median,
         }
-    row["speedup"] = row["results"][TORCH_NN]["median"] / row["results"][FASTRNN]["median"]
-    ratios = [
-        theirs / ours for theirs, ours in zip(samples[TORCH_NN], samples[FASTRNN], strict=True)
-    ]
-    row["speedup_p20"], row["speedup_p80"] = percentile(ratios, 20), percentile(ratios, 80)
+    row["ratios"] = {
+        name: compare(sample, samples[FASTRNN])
+        for name, sample in samples.items()
+        if name != FASTRNN
+    }
+    theirs = row["ratios"][TORCH_NN]
+    row |= {"speedup": theirs["median"], "speedup_p20": theirs["p20"], "speedup_p80": theirs["p80"]}
     return row
 
 
-def environment() -> Row:
-    """Say what the numbers were measured on; part of every row."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["fastrnn"] = fastrnn.__version__
-    for rival in RIVALS:
-        if rival.name not in (TORCH_NN, FASTRNN) and not rival.absent():
-            versions[rival.name] = version(rival.name)
+def bind_all(rivals: Iterable[Rival], workload: Workload) -> tuple[dict[str, Call], dict[str, str]]:
+    """Return the calls of the libraries that are there, and why each of the others has none."""
+    calls, skipped = {}, {}
+    for rival in rivals:
+        if rival.absent():
+            continue
+        try:
+            calls[rival.name] = rival.make(workload)
+        except Unsupported as reason:
+            skipped[rival.name] = str(reason)
+    return calls, skipped
+
+
+def limits(case: Case, cell: str, mode: str, quick: bool) -> dict[str, float]:
+    """Measure what the machine can do for the case just now."""
+    seconds = 0.02 if quick else 0.2
     return {
-        "device": cpu_model(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],  # of the last minute, before the first row
-        "kernels": kernels(),
-        "versions": versions,
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "gemm_peak": gemm_peak(DTYPES[case.dtype], seconds),
+        "bandwidth": bandwidth(working_set(case, cell), seconds / 2),
     }
 
 
-def kernels() -> str:
-    """Say what fastrnn runs: "native, avx512", or "reference" with the reason."""
-    backend = fastrnn.get_backend()
-    if backend in ("auto", "native") and _ops.native_error is None:
-        build = importlib.import_module("fastrnn._C")
-        return f"native, {build.cpu_isa()}"
-    return f"reference ({_ops.native_error or 'chosen'})"
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Return the checked-out commit, with "+changes" if files differ from it; None without git."""
-    root = Path(__file__).parent.parent
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    revision = git("rev-parse", "--short=12", "HEAD")
-    if revision is None:
-        return None
-    return revision + ("+changes" if git("status", "--porcelain") else "")
+def compare(theirs: Samples, ours: Samples) -> dict[str, float]:
+    """Relate two calls: the ratio of their medians, and percentiles of the ratios of the rounds."""
+    ratios = [a / b for a, b in zip(theirs.seconds, ours.seconds, strict=True)]
+    return {
+        "median": Timing.of(theirs.seconds).median / Timing.of(ours.seconds).median,
+        "p20": percentile(ratios, 20),
+        "p80": percentile(ratios, 80),
+    }
 
 
 HEADER = (
     f"{'case':<12} {'cell':<4} {'mode':<9} {'dtype':<8} {'thr':>3}  {'library':<11} "
-    f"{'p20':>9} {'median':>9} {'p80':>9}  {'memory':>10} {'GEMM':>5}  speed-up"
+    f"{'p20':>9} {'median':>9} {'p80':>9}  {'memory':>10}  {'of floor':<12} fastrnn's gain"
 )
 
 
@@ -211,19 +160,24 @@ def lines(row: Row) -> list[str]:
     for name in red:
         text.append(f"{head}  {name:<11} RED, not timed: {row['parity'][name]['worst']}")
     for name, result in row["results"].items():
-        times = " ".join(f"{milliseconds(result[key]):>9}" for key in ("p20", "median", "p80"))
+        times = " ".join(f"{duration(result[key]):>9}" for key in ("p20", "median", "p80"))
         held = result["peak_bytes"]
         memory = "" if held is None else f"{held / 2**10:.0f} KiB"
-        ratio = row["results"][TORCH_NN]["median"] / result["median"]
-        text.append(
-            f"{head}  {name:<11} {times}  {memory:>10} {result['gemm_share']:>5.0%}  {ratio:.2f}"
-        )
+        floor = f"{result['floor_share']:.0%} {row['bound']}"
+        ratio = f"{row['ratios'][name]['median']:.2f}" if name in row["ratios"] else ""
+        text.append(f"{head}  {name:<11} {times}  {memory:>10}  {floor:<12} {ratio}".rstrip())
         head = " " * len(head)
+    if row["skipped"]:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in row["skipped"].items())
+        text.append(f"{head}  skipped: {reasons}")
     return text
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.{3 if seconds < 0.1 else 1}f} ms"
+def duration(seconds: float) -> str:
+    """Write a duration with three significant digits."""
+    value, unit = (1e6 * seconds, "µs") if seconds < 1e-3 else (1e3 * seconds, "ms")
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} {unit}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -235,6 +189,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N")
+    parser.add_argument("--base", metavar="REV", help="also time this git revision of fastrnn")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--quick", action="store_true", help="few rounds: for a first look")
     parser.add_argument("--list", action="store_true", help="print the cases and leave")
@@ -247,6 +202,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--case: no case is called {', '.join(unknown)}; see --list")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         parser.error(f"--json: no such folder: {Path(options.json).parent}")
+    if options.base:
+        try:
+            options.base = base.resolve(options.base)
+        except ValueError as error:
+            parser.error(f"--base: {error}")
     return options
 
 
@@ -254,20 +214,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.list:
         for case in options.cases:
-            print(f"{case.id:<12} {case.shape():<30} {case.reason}")
+            print(f"{case.id:<12} {case.shape():<36} {case.reason}")
         return 0
-    for rival in RIVALS:
-        reason = rival.absent()
-        if reason is not None:
-            print(f"{rival.name}: absent ({reason})")
     shared = environment()
-    print(f"{shared['device']}, fastrnn {shared['versions']['fastrnn']}: {shared['kernels']}")
-    if shared["load"] + max(options.threads) > shared["cores"] + 0.5:
-        print(
-            f"the machine is busy (load {shared['load']:.1f} on {shared['cores']} cores): "
-            "times will be wrong, with several threads by orders of magnitude",
-            file=sys.stderr,
-        )
+    announce(shared, options.threads)
+    with contextlib.ExitStack() as stack:
+        rivals = list(RIVALS)
+        if options.base:
+            shared["base"] = options.base[:12]
+            print(f"{BASE}: building {shared['base']}", flush=True)
+            rivals.append(stack.enter_context(base.base_rival(options.base)))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        results = run(options, rivals, shared)
+    red = [row for row in results if not row["parity"][FASTRNN]["ok"]]
+    if red:
+        print(f"{len(red)} of {len(results)} rows are red", file=sys.stderr)
+    return 1 if red else 0
+
+
+def run(options: argparse.Namespace, rivals: list[Rival], shared: dict[str, Any]) -> list[Row]:
+    """Measure every row that was asked for, printing and writing each as soon as it is there."""
     print(HEADER)
     plan = [
         (threads, twin(case, dtype), cell, mode)
@@ -277,25 +243,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for cell in options.cell
         for mode in options.mode
     ]
-    rows: list[Row] = []
-    peaks: dict[tuple[int, str], float] = {}
-    before = torch.get_num_threads()
-    try:
-        for threads, case, cell, mode in tqdm(plan, unit="case", file=sys.stderr):
-            torch.set_num_threads(threads)
-            if (threads, case.dtype) not in peaks:
-                peaks[threads, case.dtype] = gemm_peak(DTYPES[case.dtype])
-            row = measure(case, cell, mode, peaks[threads, case.dtype], options.quick)
-            rows.append(row | shared)
-            tqdm.write("\n".join(lines(row)), file=sys.stdout)
-            if options.json:  # after every row: an interrupted run keeps what it has
-                Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
-    finally:
-        torch.set_num_threads(before)
-    red = [row for row in rows if not row["parity"][FASTRNN]["ok"]]
-    if red:
-        print(f"{len(red)} of {len(rows)} rows are red", file=sys.stderr)
-    return 1 if red else 0
+    results: list[Row] = []
+    for threads, case, cell, mode in tqdm(plan, unit="case", file=sys.stderr):
+        torch.set_num_threads(threads)
+        row = measure(case, cell, mode, options.quick, rivals)
+        results.append(row | shared)
+        tqdm.write("\n".join(lines(row)), file=sys.stdout)
+        if options.json:  # after every row: an interrupted run keeps what it has
+            rows.save(options.json, results)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,58 +1,16 @@
 // The two operators: schemas, argument checks, allocation, Tensor -> ScanArgs. Contract of the arrays: scan.h.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "cpu/scan_cpu.h"
+#include "products.h"
 
 namespace fastrnn {
 namespace {
 
-using torch::headeronly::DeviceType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
-
-std::string text(const Sizes& sizes) {
-  std::string s = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
-  return s + "]";
-}
-
-Sizes sizes_of(const Tensor& t) {
-  Sizes sizes;
-  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-  return sizes;
-}
-
-void check(const Tensor& t, const char* name, const Sizes& sizes, ScalarType dtype) {
-  STD_TORCH_CHECK(t.device().type() == DeviceType::CPU, "fastrnn: ", name, " must be on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "fastrnn: ", name,
-                  " must have the dtype of gates (cells: its compute dtype)");
-  STD_TORCH_CHECK(sizes_of(t) == sizes, "fastrnn: ", name, " must have shape ", text(sizes), ", got ",
-                  text(sizes_of(t)));
-  STD_TORCH_CHECK(t.is_contiguous(), "fastrnn: ", name, " must be contiguous");
-}
-
-// The array of an optional tensor, checked; null where there is none.
-const void* optional_array(const OptionalTensor& t, const char* name, const Sizes& sizes, ScalarType dtype) {
-  if (!t) return nullptr;
-  check(*t, name, sizes, dtype);
-  return t->const_data_ptr();
-}
-const void* array(const Tensor& t, const char* name, const Sizes& sizes, ScalarType dtype) {
-  check(t, name, sizes, dtype);
-  return t.const_data_ptr();
-}
-
-Dtype dtype_of(const Tensor& gates) {
-  switch (gates.scalar_type()) {
+Dtype dtype_of(const Tensor& input) {
+  switch (input.scalar_type()) {
     case ScalarType::Float:
       return Dtype::kFloat;
     case ScalarType::Double:
@@ -62,62 +20,127 @@ Dtype dtype_of(const Tensor& gates) {
     case ScalarType::Half:
       return Dtype::kHalf;
     default:
-      STD_TORCH_CHECK(false, "fastrnn: gates must be float32, float64, bfloat16 or float16");
+      STD_TORCH_CHECK(false, "fastrnn: the input must be float32, float64, bfloat16 or float16");
   }
 }
 
-ScalarType compute_dtype(ScalarType storage) {
-  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// Owns the string: torch's own conversion to std::string (2.10 to 2.13) loses its memory at every call.
+std::string take_string(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string copy(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return copy;
 }
 
-// What both operators learn from their arguments. Owns the row offsets that `shape` points to, and `batch_sizes`.
+CellId cell_of(const std::string& name) {
+  for (size_t id = 0; id < std::size(kCells); ++id)
+    if (name == kCells[id].name) return static_cast<CellId>(id);
+  STD_TORCH_CHECK(false, "fastrnn: unknown cell '", name, "'");
+}
+
+// The weights of all groups, by kind. Index of the first group's: the order of the list of an operator.
+struct Weights {
+  std::vector<Tensor> ih, hh, b_ih, b_hh, hr;
+  std::vector<const void*> hh_arrays, b_ih_arrays, b_hh_arrays, hr_arrays;
+  size_t per_group;
+
+  // weight_ih, weight_hh, [bias_ih, bias_hh], [weight_hr] of each group, one after the other
+  Weights(const std::vector<Tensor>& list, int64_t groups) {
+    const int64_t count = static_cast<int64_t>(list.size());
+    STD_TORCH_CHECK(groups > 0 && count % groups == 0 && count / groups >= 2 && count / groups <= 5, "fastrnn: ", count,
+                    " weights are not 2 to 5 for each of ", groups, " groups");
+    per_group = list.size() / static_cast<size_t>(groups);
+    for (size_t i = 0; i < list.size(); i += per_group) {
+      size_t next = i;
+      ih.push_back(as_contiguous(list[next++]));
+      hh.push_back(as_contiguous(list[next++]));
+      if (has_bias()) b_ih.push_back(as_contiguous(list[next++])), b_hh.push_back(as_contiguous(list[next++]));
+      if (projected()) hr.push_back(as_contiguous(list[next++]));
+    }
+  }
+  Weights(const Weights&) = delete;
+
+  bool has_bias() const { return per_group >= 4; }
+  bool projected() const { return per_group % 2 == 1; }
+
+  void check_all(const ScanShape& s, int64_t G, int64_t I, ScalarType dtype) {
+    for (size_t d = 0; d < ih.size(); ++d) {
+      check(ih[d], "weight_ih", {G * s.H, I}, dtype);
+      check(hh[d], "weight_hh", {G * s.H, s.P}, dtype);
+      if (has_bias()) check(b_ih[d], "bias_ih", {G * s.H}, dtype), check(b_hh[d], "bias_hh", {G * s.H}, dtype);
+      if (projected()) check(hr[d], "weight_hr", {s.P, s.H}, dtype);
+    }
+    hh_arrays = arrays(hh), b_ih_arrays = arrays(b_ih), b_hh_arrays = arrays(b_hh), hr_arrays = arrays(hr);
+  }
+
+  static std::vector<const void*> arrays(const std::vector<Tensor>& tensors) {
+    std::vector<const void*> pointers;
+    for (const Tensor& t : tensors) pointers.push_back(t.const_data_ptr());
+    return pointers;
+  }
+  static const void* const* or_null(const std::vector<const void*>& arrays) {
+    return arrays.empty() ? nullptr : arrays.data();
+  }
+};
+
+// What both operators learn from their arguments. Owns the row offsets and batch sizes that `shape` points to.
 struct Problem {
   ScanShape shape;
   CellInfo cell;
   ScalarType dtype;
-  Sizes leading;  // [T, B] dense or [N] packed: the leading dimensions of every array over time
+  int64_t I;
+  Sizes leading;  // [T, B] dense or [N] packed: the leading dimensions of input and output
   std::vector<int64_t> offsets;
+  Weights weights;
 
-  Problem(const std::string& cell_name, const Tensor& data, const char* data_name, const Tensor& weight_hh,
-          const OptionalTensor& weight_hr, const OptionalTensor& batch_sizes, const OptionalTensor& h0,
-          int64_t direction) {
-    int id = 0;
-    const int count = static_cast<int>(sizeof(kCells) / sizeof(kCells[0]));
-    while (id < count && cell_name != kCells[id].name) ++id;
-    STD_TORCH_CHECK(id < count, "fastrnn: unknown cell '", cell_name, "'");
-    cell = kCells[id];
-    shape.cell = static_cast<CellId>(id);
+  Problem(const std::string& cell_name, const Tensor& input, const std::vector<Tensor>& list, const OptionalTensor& h0,
+          const OptionalTensor& batch_sizes, int64_t groups, int64_t direction)
+      : weights(list, groups) {
+    shape.cell = cell_of(cell_name);
+    cell = kCells[static_cast<int>(shape.cell)];
     STD_TORCH_CHECK(direction >= 0 && direction <= 2, "fastrnn: direction must be 0, 1 or 2, got ", direction);
+    STD_TORCH_CHECK(direction != 2 || groups % 2 == 0, "fastrnn: direction 2 needs an even number of groups, got ",
+                    groups);
     shape.direction = static_cast<Direction>(direction);
-    dtype = data.scalar_type();
-    shape.dtype = dtype_of(data);
+    dtype = input.scalar_type();
+    shape.dtype = dtype_of(input);
+    const int64_t dims = batch_sizes ? 2 : 3;
+    STD_TORCH_CHECK(input.dim() == dims, "fastrnn: the input must have ", dims, " dimensions, got ", input.dim());
+    I = input.size(dims - 1);
 
-    const int64_t dims = batch_sizes ? 3 : 4;
-    STD_TORCH_CHECK(data.dim() == dims, "fastrnn: ", data_name, " must have ", dims, " dimensions, got ", data.dim());
-    STD_TORCH_CHECK(weight_hh.dim() == 3, "fastrnn: weight_hh must have 3 dimensions [D, G * H, P], got ",
+    const Tensor& weight_hh = weights.hh[0];
+    STD_TORCH_CHECK(weight_hh.dim() == 2, "fastrnn: weight_hh must have 2 dimensions [G * H, P], got ",
                     weight_hh.dim());
-    shape.D = weight_hh.size(0), shape.H = weight_hh.size(1) / cell.gates, shape.P = weight_hh.size(2);
-    shape.projected = weight_hr.has_value();
-    STD_TORCH_CHECK(shape.D > 0 && shape.H > 0 && shape.P > 0, "fastrnn: weight_hh must not be empty, got ",
+    shape.D = groups, shape.H = weight_hh.size(0) / cell.gates, shape.P = weight_hh.size(1);
+    shape.projected = weights.projected();
+    STD_TORCH_CHECK(shape.H > 0 && shape.P > 0, "fastrnn: weight_hh must not be empty, got ",
                     text(sizes_of(weight_hh)));
-    STD_TORCH_CHECK(direction != 2 || shape.D % 2 == 0, "fastrnn: direction 2 needs an even number of groups, got ",
-                    shape.D);
-    check(weight_hh, "weight_hh", {shape.D, cell.gates * shape.H, shape.P}, dtype);
     STD_TORCH_CHECK(!shape.projected || cell.has_c, "fastrnn: weight_hr needs an LSTM, got ", cell_name);
-    STD_TORCH_CHECK(shape.projected || shape.P == shape.H, "fastrnn: weight_hh must have shape [D, G * H, H], got ",
+    STD_TORCH_CHECK(shape.projected || shape.P == shape.H, "fastrnn: weight_hh must have shape [G * H, H], got ",
                     text(sizes_of(weight_hh)));
+    weights.check_all(shape, cell.gates, I, dtype);
     if (batch_sizes)
-      take_batch_sizes(*batch_sizes, data.size(0), h0);
+      take_batch_sizes(*batch_sizes, input.size(0), h0);
     else
-      leading = {data.size(0), data.size(1)}, shape.T = leading[0], shape.B = leading[1], shape.N = shape.T * shape.B,
-      shape.batch_sizes = shape.offsets = nullptr;
+      take_dense(input.size(0), input.size(1));
+    STD_TORCH_CHECK(shape.T > 0, "fastrnn: Expected sequence length to be larger than 0 in RNN");
   }
   Problem(const Problem&) = delete;
+
+  void take_dense(int64_t T, int64_t B) {
+    leading = {T, B};
+    shape.T = T, shape.B = B, shape.N = T * B;
+    shape.batch_sizes = shape.offsets = nullptr;
+  }
 
   void take_batch_sizes(const Tensor& batch_sizes, int64_t rows, const OptionalTensor& h0) {
     STD_TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.size(0) > 0 && batch_sizes.is_contiguous() &&
                         batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.device().type() == DeviceType::CPU,
                     "fastrnn: batch_sizes must be a contiguous int64 tensor [T] on the CPU, T > 0");
+    check_storage(batch_sizes, "batch_sizes");
     STD_TORCH_CHECK(h0.has_value(), "fastrnn: packed data needs h0");
     leading = {rows}, shape.T = batch_sizes.size(0), shape.N = rows;
     shape.batch_sizes = static_cast<const int64_t*>(batch_sizes.const_data_ptr());
@@ -134,136 +157,272 @@ struct Problem {
     shape.offsets = offsets.data();
   }
 
-  // [leading..., D, width]
-  Sizes over_time(int64_t width) const {
+  Sizes over_time(int64_t width) const { return {shape.D, shape.N, width}; }
+  Sizes state(int64_t width) const { return {shape.D, shape.B, width}; }
+  Sizes output() const {
     Sizes sizes = leading;
-    sizes.insert(sizes.end(), {shape.D, width});
+    sizes.push_back(shape.D * shape.P);
     return sizes;
   }
-  Sizes state(int64_t width) const { return {shape.D, shape.B, width}; }
+  ScalarType compute() const { return compute_dtype(dtype); }
+  bool is_double() const { return dtype == ScalarType::Double; }
 };
 
-// Owns the string: torch's own conversion to std::string (2.10 to 2.13) loses its memory at every call.
-std::string take_string(StringHandle handle) {
-  size_t length = 0;
-  const char* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-  std::string copy(data, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return copy;
+// The array of an optional tensor, checked; null where there is none.
+const void* optional_array(const OptionalTensor& t, const char* name, const Sizes& sizes, ScalarType dtype) {
+  if (!t) return nullptr;
+  check(*t, name, sizes, dtype);
+  return t->const_data_ptr();
 }
 
-Tensor make(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
+// Scratch memory of a pass: a buffer that each thread keeps, or where that is too small a tensor.
+constexpr size_t kKeptScratch = 256 * 1024;
 
 template <class Args>
-void run(const Args& args, const Tensor& like) {
+void run(const Args& args) {
+  alignas(64) static thread_local char kept[kKeptScratch];
   OptionalTensor memory;
   scan_cpu(args, [&](size_t bytes) {
-    memory = make(like, {static_cast<int64_t>(bytes) + 64}, ScalarType::Byte);
+    if (bytes <= kKeptScratch) {
+      if (poison()) std::memset(kept, 0xFF, bytes);
+      return kept;
+    }
+    memory = make({static_cast<int64_t>(bytes) + 64}, ScalarType::Byte);
     const auto address = reinterpret_cast<uintptr_t>(memory->mutable_data_ptr());
     return reinterpret_cast<char*>((address + 63) / 64 * 64);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan(StringHandle name, Tensor gates, Tensor weight_hh,
-                                                        OptionalTensor bias_ih, OptionalTensor bias_hh,
-                                                        OptionalTensor weight_hr, OptionalTensor h0, OptionalTensor c0,
-                                                        OptionalTensor batch_sizes, int64_t direction, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tensor input_, std::vector<Tensor> list,
+                                                         OptionalTensor h0_, OptionalTensor c0_,
+                                                         OptionalTensor batch_sizes, int64_t groups, int64_t direction,
+                                                         bool save) {
   const std::string cell = take_string(name);
-  const Problem p(cell, gates, "gates", weight_hh, weight_hr, batch_sizes, h0, direction);
+  const Tensor input = as_contiguous(input_);
+  const OptionalTensor h0 = as_contiguous(h0_), c0 = as_contiguous(c0_);
+  const Problem p(cell, input, list, h0, batch_sizes, groups, direction);
   const ScanShape& s = p.shape;
   const int64_t G = p.cell.gates, A = p.cell.saved;
   const bool has_c = p.cell.has_c;
+  check(input, "the input", sizes_of(input), p.dtype);
   STD_TORCH_CHECK(has_c || !c0, "fastrnn: ", cell, " has no cell state, but c0 was given");
 
   ScanArgs a;
   static_cast<ScanShape&>(a) = s;
-  a.gates = array(gates, "gates", p.over_time(G * s.H), p.dtype);
-  a.weight_hh = weight_hh.const_data_ptr();
-  a.bias_ih = optional_array(bias_ih, "bias_ih", {s.D, G * s.H}, p.dtype);
-  a.bias_hh = optional_array(bias_hh, "bias_hh", {s.D, G * s.H}, p.dtype);
-  a.weight_hr = optional_array(weight_hr, "weight_hr", {s.D, s.P, s.H}, p.dtype);
+  a.weight_hh = p.weights.hh_arrays.data();
+  a.bias_ih = Weights::or_null(p.weights.b_ih_arrays), a.bias_hh = Weights::or_null(p.weights.b_hh_arrays);
+  a.weight_hr = Weights::or_null(p.weights.hr_arrays);
   a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype);
   a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype);
 
   const Sizes none = {0};
-  Tensor output = make(gates, p.over_time(s.P), p.dtype);
-  Tensor h_n = make(gates, p.state(s.P), p.dtype);
-  Tensor c_n = make(gates, has_c ? p.state(s.H) : none, p.dtype);
-  Tensor cells = make(gates, save && has_c ? p.over_time(s.H) : none, compute_dtype(p.dtype));
-  Tensor saved = make(gates, save ? p.over_time(A * s.H) : none, p.dtype);
+  const Tensor gates = make(p.over_time(G * s.H), p.compute());
+  Tensor output = make(p.output(), p.dtype), h_n = make(p.state(s.P), p.dtype);
+  Tensor c_n = make(has_c ? p.state(s.H) : none, p.dtype);
+  Tensor cells = make(save && has_c ? p.over_time(s.H) : none, p.compute());
+  Tensor saved = make(save ? p.over_time(A * s.H) : none, p.dtype);
+  a.gates = gates.const_data_ptr();
   a.output = output.mutable_data_ptr(), a.h_n = h_n.mutable_data_ptr();
   a.c_n = has_c ? c_n.mutable_data_ptr() : nullptr;
   a.cells = save && has_c ? cells.mutable_data_ptr() : nullptr;
   a.saved = save && A > 0 ? saved.mutable_data_ptr() : nullptr;
-  STD_TORCH_CHECK(s.T > 0, "fastrnn: Expected sequence length to be larger than 0 in RNN");
-  run(a, gates);
+  input_product(s, input, p.weights.ih, gates);
+  run(a);
   return {output, h_n, c_n, cells, saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
-    StringHandle name, OptionalTensor doutput, OptionalTensor dh_n, OptionalTensor dc_n, Tensor output, Tensor cells,
-    Tensor saved, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor h0, OptionalTensor c0,
-    OptionalTensor batch_sizes, int64_t direction, bool needs_dh0, bool needs_dc0) {
+// The gradients of the weights of group d from those of its products, in the order of the operator's list.
+class WeightGradients {
+ public:
+  WeightGradients(const Problem& problem, const Tensor& input, const Tensor& output, const OptionalTensor& h0,
+                  const Tensor& dgates, const Tensor& drecurrent, const Tensor& dprojected, const Tensor& unprojected)
+      : p(problem),
+        s(problem.shape),
+        input_(to_compute(input, s.dtype)),
+        output_(output),
+        h0_(h0),
+        dgates_(dgates),
+        drecurrent_(drecurrent),
+        dprojected_(dprojected),
+        unprojected_(unprojected) {}
+
+  // dW_ih [G * H, I] = sum over time of dx_t input_t^T
+  Tensor weight_ih(int64_t d) const {
+    const Tensor dw = make({G * s.H, p.I}, p.compute());
+    outer_product(dw, 0, G * s.H, p.I, Rows::of_group(dgates_, d, s.N, G * s.H), 0, 0, {input_, p.I, 0}, 0, s.N, false);
+    return to_storage(dw, s.dtype, p.dtype);
+  }
+
+  // dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T, where dr is `drecurrent` for the last R gates
+  Tensor weight_hh(int64_t d) {
+    const Tensor dw = make({G * s.H, s.P}, p.compute());
+    if (!h_) prepare_states();
+    const int64_t shared = (G - R) * s.H, own = R * s.H;
+    add_recurrent(dw, d, 0, shared, Rows::of_group(dgates_, d, s.N, G * s.H));
+    if (own > 0) add_recurrent(dw, d, shared, own, Rows::of_group(drecurrent_, d, s.N, own));
+    return to_storage(dw, s.dtype, p.dtype);
+  }
+
+  // db_ih [G * H] = sum over time of dx_t; db_hh that of dr_t
+  Tensor bias(int64_t d, bool recurrent) const {
+    const Tensor db = make({G * s.H}, p.compute());
+    const int64_t own = recurrent ? R * s.H : 0;
+    sum_over_rows(dgates_, d, s.N, G * s.H, db, 0, 0, G * s.H - own, p.is_double());
+    if (own > 0) sum_over_rows(drecurrent_, d, s.N, own, db, G * s.H - own, 0, own, p.is_double());
+    return to_storage(db, s.dtype, p.dtype);
+  }
+
+  // dW_hr [P, H] = sum over time of dh_t (o tanh c)_t^T
+  Tensor weight_hr(int64_t d) const {
+    const Tensor dw = make({s.P, s.H}, p.compute());
+    outer_product(dw, 0, s.P, s.H, Rows::of_group(dprojected_, d, s.N, s.P), 0, 0,
+                  Rows::of_group(unprojected_, d, s.N, s.H), 0, s.N, false);
+    return to_storage(dw, s.dtype, p.dtype);
+  }
+
+  // dinput [N, I] = sum over groups of dx W_ih
+  Tensor input() const {
+    Sizes sizes = p.leading;
+    sizes.push_back(p.I);
+    const Tensor dinput = make(sizes, p.compute()), rows = matrix(dinput, s.N, p.I, p.I, 1, 0);
+    for (int64_t d = 0; d < s.D; ++d) {
+      const Tensor weight = to_compute(p.weights.ih[static_cast<size_t>(d)], s.dtype);
+      multiply(rows, matrix(dgates_, s.N, G * s.H, G * s.H, 1, d * s.N * G * s.H),
+               matrix(weight, G * s.H, p.I, p.I, 1, 0), d > 0);
+    }
+    return to_storage(dinput, s.dtype, p.dtype);
+  }
+
+ private:
+  // h in the compute dtype, and for packed data the h that entered each row.
+  void prepare_states() {
+    h_ = to_compute(output_, s.dtype);
+    first_ = h0_ ? to_compute(*h0_, s.dtype) : make({s.D, s.B, s.P}, p.compute());
+    if (!h0_) std::memset(first_->mutable_data_ptr(), 0, static_cast<size_t>(first_->numel() * item_size(p.compute())));
+    if (s.batch_sizes) gather_states();
+  }
+
+  void gather_states() {
+    const size_t item = static_cast<size_t>(item_size(p.compute())), bytes = static_cast<size_t>(s.P) * item;
+    before_ = make({s.D, s.N, s.P}, p.compute());
+    char* target = static_cast<char*>(before_->mutable_data_ptr());
+    const char* h = static_cast<const char*>(h_->const_data_ptr());
+    const char* first = static_cast<const char*>(first_->const_data_ptr());
+    for (int64_t d = 0; d < s.D; ++d)
+      for (int64_t t = 0; t < s.T; ++t) {
+        const int64_t t_before = s.reversed(d) ? t + 1 : t - 1;
+        const int64_t kept = t_before >= 0 && t_before < s.T ? std::min(s.active(t_before), s.active(t)) : 0;
+        for (int64_t b = 0; b < s.active(t); ++b, target += bytes)
+          std::memcpy(target,
+                      b < kept ? h + static_cast<size_t>(s.row(t_before, b) * s.D + d) * bytes
+                               : first + static_cast<size_t>(d * s.B + b) * bytes,
+                      bytes);
+      }
+  }
+
+  void add_recurrent(const Tensor& dw, int64_t d, int64_t row, int64_t rows, const Rows& dr) const {
+    if (before_) {
+      outer_product(dw, row, rows, s.P, dr, 0, 0, Rows::of_group(*before_, d, s.N, s.P), 0, s.N, false);
+      return;
+    }
+    const Rows h = Rows::of_output(*h_, d, s.D, s.P), first = Rows::of_group(*first_, d, s.B, s.P);
+    const int64_t rest = s.N - s.B;
+    const bool reverse = s.reversed(d);
+    outer_product(dw, row, rows, s.P, dr, 0, reverse ? rest : 0, first, 0, s.B, false);
+    outer_product(dw, row, rows, s.P, dr, 0, reverse ? 0 : s.B, h, reverse ? s.B : 0, rest, true);
+  }
+
+  const Problem& p;
+  const ScanShape& s;
+  const int64_t G = p.cell.gates, R = p.cell.own;
+  const Tensor input_, output_;
+  const OptionalTensor& h0_;
+  const Tensor &dgates_, &drecurrent_, &dprojected_, &unprojected_;
+  OptionalTensor h_, first_, before_;
+};
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
+    StringHandle name, OptionalTensor doutput_, OptionalTensor dh_n_, OptionalTensor dc_n_, Tensor input_,
+    Tensor output_, Tensor cells_, Tensor saved_, std::vector<Tensor> list, OptionalTensor h0_, OptionalTensor c0_,
+    OptionalTensor batch_sizes, int64_t groups, int64_t direction, std::vector<int64_t> wanted) {
   const std::string cell = take_string(name);
-  const Problem p(cell, output, "output", weight_hh, weight_hr, batch_sizes, h0, direction);
+  const Tensor input = as_contiguous(input_), output = as_contiguous(output_), cells = as_contiguous(cells_),
+               saved = as_contiguous(saved_);
+  const OptionalTensor h0 = as_contiguous(h0_), c0 = as_contiguous(c0_), doutput = as_contiguous(doutput_),
+                       dh_n = as_contiguous(dh_n_), dc_n = as_contiguous(dc_n_);
+  const Problem p(cell, input, list, h0, batch_sizes, groups, direction);
   const ScanShape& s = p.shape;
   const int64_t G = p.cell.gates, A = p.cell.saved, R = p.cell.own;
   const bool has_c = p.cell.has_c;
-  STD_TORCH_CHECK(has_c || (!c0 && !dc_n && !needs_dc0), "fastrnn: ", cell, " has no cell state");
-  STD_TORCH_CHECK(s.T > 0, "fastrnn: Expected sequence length to be larger than 0 in RNN");
+  check(input, "the input", sizes_of(input), p.dtype);
+  STD_TORCH_CHECK(wanted.size() == list.size() + 3, "fastrnn: wanted must hold ", list.size() + 3, " flags, got ",
+                  wanted.size());
+  STD_TORCH_CHECK(has_c || (!c0 && !dc_n && !wanted[2]), "fastrnn: ", cell, " has no cell state");
 
   ScanBackwardArgs a;
   static_cast<ScanShape&>(a) = s;
   const Sizes none = {0};
-  a.doutput = optional_array(doutput, "doutput", p.over_time(s.P), p.dtype);
+  a.doutput = optional_array(doutput, "doutput", p.output(), p.dtype);
   a.dh_n = optional_array(dh_n, "dh_n", p.state(s.P), p.dtype);
   a.dc_n = optional_array(dc_n, "dc_n", p.state(s.H), p.dtype);
-  a.output = array(output, "output", p.over_time(s.P), p.dtype);
-  a.cells = array(cells, "cells", has_c ? p.over_time(s.H) : none, compute_dtype(p.dtype));
-  a.saved = array(saved, "saved", p.over_time(A * s.H), p.dtype);
-  a.weight_hh = weight_hh.const_data_ptr();
-  a.weight_hr = optional_array(weight_hr, "weight_hr", {s.D, s.P, s.H}, p.dtype);
+  a.output = optional_array(output, "output", p.output(), p.dtype);
+  a.cells = optional_array(cells, "cells", has_c ? p.over_time(s.H) : none, p.compute());
+  a.saved = optional_array(saved, "saved", p.over_time(A * s.H), p.dtype);
+  a.weight_hh = p.weights.hh_arrays.data();
+  a.weight_hr = Weights::or_null(p.weights.hr_arrays);
   a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype);
   a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype);
 
-  Tensor dgates = make(output, p.over_time(G * s.H), p.dtype);
-  Tensor drecurrent = make(output, p.over_time(R * s.H), p.dtype);
-  Tensor dprojected = make(output, s.projected ? p.over_time(s.P) : none, p.dtype);
-  Tensor hidden = make(output, s.projected ? p.over_time(s.H) : none, p.dtype);
-  Tensor dh0 = make(output, needs_dh0 ? p.state(s.P) : none, p.dtype);
-  Tensor dc0 = make(output, needs_dc0 ? p.state(s.H) : none, p.dtype);
+  const Tensor dgates = make(p.over_time(G * s.H), p.compute()), drecurrent = make(p.over_time(R * s.H), p.compute());
+  const Tensor dprojected = make(s.projected ? p.over_time(s.P) : none, p.compute());
+  const Tensor unprojected = make(s.projected ? p.over_time(s.H) : none, p.compute());
+  Tensor dh0 = make(wanted[1] ? p.state(s.P) : none, p.dtype), dc0 = make(wanted[2] ? p.state(s.H) : none, p.dtype);
   a.dgates = dgates.mutable_data_ptr(), a.drecurrent = R > 0 ? drecurrent.mutable_data_ptr() : nullptr;
   a.dprojected = s.projected ? dprojected.mutable_data_ptr() : nullptr;
-  a.hidden = s.projected ? hidden.mutable_data_ptr() : nullptr;
-  a.dh0 = needs_dh0 ? dh0.mutable_data_ptr() : nullptr;
-  a.dc0 = needs_dc0 ? dc0.mutable_data_ptr() : nullptr;
-  run(a, output);
-  return {dgates, drecurrent, dprojected, hidden, dh0, dc0};
+  a.unprojected = s.projected ? unprojected.mutable_data_ptr() : nullptr;
+  a.dh0 = wanted[1] ? dh0.mutable_data_ptr() : nullptr;
+  a.dc0 = wanted[2] ? dc0.mutable_data_ptr() : nullptr;
+  run(a);
+
+  WeightGradients gradients(p, input, output, h0, dgates, drecurrent, dprojected, unprojected);
+  std::vector<Tensor> dweights;
+  for (size_t i = 0; i < list.size(); ++i) {
+    const int64_t d = static_cast<int64_t>(i / p.weights.per_group);
+    const size_t kind = i % p.weights.per_group;
+    if (!wanted[i + 3])
+      dweights.push_back(make(none, p.dtype));
+    else if (kind == 0)
+      dweights.push_back(gradients.weight_ih(d));
+    else if (kind == 1)
+      dweights.push_back(gradients.weight_hh(d));
+    else if (p.weights.has_bias() && kind < 4)
+      dweights.push_back(gradients.bias(d, kind == 3));
+    else
+      dweights.push_back(gradients.weight_hr(d));
+  }
+  return {wanted[0] ? gradients.input() : make(none, p.dtype), dweights, dh0, dc0};
 }
 
 }  // namespace
 }  // namespace fastrnn
 
-// Dimension key and meaning: scan.h. gates [T, B, D, G * H] dense, or [N, D, G * H] with batch_sizes [T] (packed).
-// Empty tensors [0] stand for what a cell does not have or what was not asked for.
+// Dimension key: scan.h. One layer, all its groups (directions, members of an ensemble): input [T, B, I], or packed
+// [N, I] with batch_sizes [T]; weights: weight_ih [G * H, I], weight_hh [G * H, P], with biases bias_ih and bias_hh
+// [G * H], with a projection weight_hr [P, H], for each group; output [T, B, D * P] or [N, D * P]; cells [D, N, H] and
+// saved [D, N, A * H] for backward. wanted: whether the gradient of the input, of h0, of c0 and of each weight is asked
+// for. Empty tensors [0] stand for what a cell does not have or what was not asked for.
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(
-      "scan(str cell, Tensor gates, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? h0, "
-      "Tensor? c0, "
-      "Tensor? batch_sizes, int direction, bool save) "
-      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)");
+      "layer(str cell, Tensor input, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int groups, "
+      "int direction, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)");
   m.def(
-      "scan_backward(str cell, Tensor? doutput, Tensor? dh_n, Tensor? dc_n, Tensor output, Tensor cells, Tensor saved, "
-      "Tensor weight_hh, Tensor? weight_hr, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int direction, "
-      "bool needs_dh0, bool needs_dc0) "
-      "-> (Tensor dgates, Tensor drecurrent, Tensor dprojected, Tensor hidden, Tensor dh0, Tensor dc0)");
+      "layer_backward(str cell, Tensor? doutput, Tensor? dh_n, Tensor? dc_n, Tensor input, Tensor output, Tensor "
+      "cells, "
+      "Tensor saved, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int groups, int direction, "
+      "int[] wanted) -> (Tensor dinput, Tensor[] dweights, Tensor dh0, Tensor dc0)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
-  m.impl("scan", TORCH_BOX(&fastrnn::scan));
-  m.impl("scan_backward", TORCH_BOX(&fastrnn::scan_backward));
+  m.impl("layer", TORCH_BOX(&fastrnn::layer));
+  m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
 }

@@ -6,8 +6,9 @@
 // D groups with weights of their own (directions, members of an ensemble).
 //
 // Row (t, b) of the data is row offsets[t] + b. Rows b < active(t) take part in step t; batch sizes never increase,
-// so a row is active from t = 0 until its sequence ends. Arrays are contiguous, row-major, owned by the caller and do
-// not overlap. Types: `Storage` is the dtype of the tensors, `Compute` is float, or double for double.
+// so a row is active from t = 0 until its sequence ends. batch_sizes and offsets lie in host memory. Arrays are
+// contiguous, row-major, owned by the caller and do not overlap. Types: `Storage` is the dtype of the tensors,
+// `Compute` is float, or double for double.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,10 @@
 namespace fastrnn {
 
 enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
+
+// How weight_ih and weight_hh are stored: in the dtype of the tensors; or, beside float tensors and for inference only,
+// in bfloat16, or in int8 with one float scale per row (value = scale * int8). Then they are read where they lie.
+enum class WeightType : int { kStorage, kBFloat16, kInt8 };
 
 // Order of time of the groups. kBoth: the first half of the groups runs forward, the second half in reverse.
 enum class Direction : int64_t { kForward = 0, kReverse = 1, kBoth = 2 };
@@ -29,46 +34,50 @@ struct ScanShape {
   const int64_t* batch_sizes;  // [T], or null: B rows in every step
   const int64_t* offsets;      // [T + 1] first data row of each step, or null: t * B
   Direction direction;
+  WeightType weight_type = WeightType::kStorage;
 
-  int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
-  int64_t row(int64_t t, int64_t b) const { return (offsets ? offsets[t] : t * B) + b; }
-  bool reversed(int64_t d) const {
+  FASTRNN_FN int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  FASTRNN_FN int64_t row(int64_t t, int64_t b) const { return (offsets ? offsets[t] : t * B) + b; }
+  FASTRNN_FN bool reversed(int64_t d) const {
     return direction == Direction::kReverse || (direction == Direction::kBoth && 2 * d >= D);
   }
 };
 
+// Weights: [D] pointers, one for each group. Arrays over time have the group first, but for the output, in which the
+// groups of a row lie side by side, as the next layer reads them.
 struct ScanArgs : ScanShape {
-  const void* gates;      // Storage [N, D, G, H] input products W_ih x
-  const void* weight_hh;  // Storage [D, G, H, P]
-  const void* bias_ih;    // Storage [D, G, H] added to the input pre-activations, or null: 0
-  const void* bias_hh;    // Storage [D, G, H] added to the recurrent products, or null: 0
-  const void* weight_hr;  // Storage [D, P, H], projected only
-  const void* h0;         // Storage [D, B, P], or null: 0
-  const void* c0;         // Storage [D, B, H], or null: 0
-  void* output;           // Storage [N, D, P] h after each step
-  void* h_n;              // Storage [D, B, P] h after each row's last step
-  void* c_n;              // Storage [D, B, H], cells with c only
-  void* cells;            // Compute [N, D, H] c after each step, or null: not kept
-  void* saved;            // Storage [N, D, A, H] activations for backward, or null: not kept
+  const void* gates;             // Compute [D, N, G, H] input products W_ih x
+  const void* const* weight_hh;  // [D] Storage (or weight_type) [G, H, P]
+  const float* const* scale_hh;  // [D] [G, H], kInt8 only
+  const void* const* bias_ih;    // [D] Storage [G, H] added to the input products, or null: 0
+  const void* const* bias_hh;    // [D] Storage [G, H] added to the recurrent products, or null: 0
+  const void* const* weight_hr;  // [D] Storage [P, H], projected only
+  const void* h0;                // Storage [D, B, P], or null: 0
+  const void* c0;                // Storage [D, B, H], or null: 0
+  void* output;                  // Storage [N, D, P] h after each step
+  void* h_n;                     // Storage [D, B, P] h after each row's last step
+  void* c_n;                     // Storage [D, B, H], cells with c only
+  void* cells;                   // Compute [D, N, H] c after each step, or null: not kept
+  void* saved;                   // Storage [D, N, A, H] activations for backward, or null: not kept
 };
 
 struct ScanBackwardArgs : ScanShape {
-  const void* doutput;  // Storage [N, D, P], or null: 0
-  const void* dh_n;     // Storage [D, B, P], or null: 0
-  const void* dc_n;     // Storage [D, B, H], or null: 0
-  const void* output;   // the next six: as left by the forward pass
-  const void* cells;
-  const void* saved;
-  const void* weight_hh;
-  const void* weight_hr;
-  const void* h0;
-  const void* c0;
-  void* dgates;      // Storage [N, D, G, H]
-  void* drecurrent;  // Storage [N, D, R, H] gradient of the recurrent product of the last R gates
-  void* dprojected;  // Storage [N, D, P] whole gradient of h after each step, projected only
-  void* hidden;      // Storage [N, D, H] o tanh(c) of each step, projected only
-  void* dh0;         // Storage [D, B, P], or null: not wanted
-  void* dc0;         // Storage [D, B, H], or null: not wanted
+  const void* doutput;           // Storage [N, D, P], or null: 0
+  const void* dh_n;              // Storage [D, B, P], or null: 0
+  const void* dc_n;              // Storage [D, B, H], or null: 0
+  const void* output;            // Storage [N, D, P], with the next two as left by the forward pass
+  const void* cells;             // Compute [D, N, H]
+  const void* saved;             // Storage [D, N, A, H]
+  const void* const* weight_hh;  // [D] Storage [G, H, P]
+  const void* const* weight_hr;  // [D] Storage [P, H], projected only
+  const void* h0;                // Storage [D, B, P], or null: 0
+  const void* c0;                // Storage [D, B, H], or null: 0
+  void* dgates;                  // Compute [D, N, G, H] gradient of the input products
+  void* drecurrent;              // Compute [D, N, R, H] gradient of the recurrent products of the last R gates
+  void* dprojected;              // Compute [D, N, P] whole gradient of h after each step, projected only
+  void* unprojected;             // Compute [D, N, H] o tanh(c) of each step, projected only
+  void* dh0;                     // Storage [D, B, P], or null: not wanted
+  void* dc0;                     // Storage [D, B, H], or null: not wanted
 };
 
 }  // namespace fastrnn

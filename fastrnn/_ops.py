@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -83,7 +84,8 @@ def set_backend(name: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Ask for a backend inside a ``with`` block, in this thread only.
 
-    The backward pass runs on the backend of its forward pass. Raises as :func:`set_backend` does.
+    The backward pass runs on the backend of its forward pass; one that is itself differentiated
+    (``create_graph=True``) runs in plain PyTorch. Raises as :func:`set_backend` does.
 
     Example::
 
@@ -97,8 +99,8 @@ def use_backend(name: str) -> Iterator[None]:
         _scoped.reset(token)
 
 
-def _why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
-    """Why the kernels cannot run a scan over these tensors, the data first; None if they can."""
+def why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
+    """Why the kernels cannot run a layer over these tensors, the data first; None if they can."""
     data = tensors[0]
     assert data is not None
     if native_error is not None:
@@ -116,76 +118,107 @@ def _why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
     return None
 
 
+def is_plain_native() -> bool:
+    """Whether nothing but the native kernels is asked for: no other backend, no transform, no
+    autocast, no tracing or compiling."""
+    return (
+        native_error is None
+        and get_backend() != "reference"
+        and not torch._C._is_any_autocast_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and forward_ad._current_level < 0
+        and not torch.compiler.is_compiling()
+    )
+
+
 def resolve(tensors: Sequence[Tensor | None]) -> str:
-    """The backend that runs a scan over these tensors: ``"native"`` or ``"reference"``.
+    """The backend that runs a layer over these tensors: ``"native"`` or ``"reference"``.
 
     Raises:
         RuntimeError: the backend asked for cannot run it.
     """
-    asked = get_backend()
-    if asked == "reference":
-        return asked
-    why_not = _why_not_native(tensors)
+    if get_backend() == "reference":
+        return "reference"
+    why_not = why_not_native(tensors)
     if why_not is None:
         return "native"
-    if asked != "auto":
+    report(why_not)
+    return "reference"
+
+
+def report(why_not: str) -> None:
+    """Say once that the reference runs, and why; nothing if it was asked for.
+
+    Raises:
+        RuntimeError: another backend was asked for.
+    """
+    asked = get_backend()
+    if asked == "native":
         _checked(asked)
         raise RuntimeError(f"backend {asked!r} cannot run this: {why_not}")
-    if why_not not in _warned:
+    if asked == "auto" and why_not not in _warned:
         _warned.add(why_not)
         warnings.warn(
             f"fastrnn runs its slow reference in plain PyTorch: {why_not}. "
             "`python -m fastrnn.info` tells more; set_backend('reference') silences this.",
-            stacklevel=2,
+            stacklevel=_frames_to_user(),
         )
-    return "reference"
 
 
-def _over_time(data: Tensor, width: int) -> list[int]:
-    return [*data.shape[:-1], width]
+def _frames_to_user() -> int:
+    """The ``stacklevel`` of the first frame above :func:`report` outside fastrnn and torch."""
+    folders = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(folders):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
-def _scan_fake(
-    cell: str, gates: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None,
-    weight_hr: Tensor | None, h0: Tensor | None, c0: Tensor | None, batch_sizes: Tensor | None, direction: int, save: bool,
+def _layer_fake(
+    cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None,
+    batch_sizes: Tensor | None, groups: int, direction: int, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Shapes and dtypes of the results of ``scan``, for tensors without data."""
+    """Shapes and dtypes of the results of ``layer``, for tensors without data."""
     info = reference.CELLS[cell]
-    groups, hidden, size = gates.shape[-2], gates.shape[-1] // info.gates, weight_hh.shape[2]
-    batch = gates.shape[1] if h0 is None else h0.shape[1]
-    compute = torch.float64 if gates.dtype == torch.float64 else torch.float32
+    hidden, size = weights[1].shape[0] // info.gates, weights[1].shape[1]
+    batch = input.shape[1] if h0 is None else h0.shape[1]
+    rows = input.shape[:-1].numel()
+    compute = reference.compute_dtype(input.dtype)
     keeps = save and info.has_c
     return (
-        gates.new_empty(_over_time(gates, size)),
-        gates.new_empty([groups, batch, size]),
-        gates.new_empty([groups, batch, hidden] if info.has_c else [0]),
-        gates.new_empty(_over_time(gates, hidden) if keeps else [0], dtype=compute),
-        gates.new_empty(_over_time(gates, info.saved * hidden) if save else [0]),
+        input.new_empty([*input.shape[:-1], groups * size]),
+        input.new_empty([groups, batch, size]),
+        input.new_empty([groups, batch, hidden] if info.has_c else [0]),
+        input.new_empty([groups, rows, hidden] if keeps else [0], dtype=compute),
+        input.new_empty([groups, rows, info.saved * hidden] if save else [0]),
     )
 
 
-def _scan_backward_fake(
-    cell: str, doutput: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, output: Tensor,
-    cells: Tensor, saved: Tensor, weight_hh: Tensor, weight_hr: Tensor | None, h0: Tensor | None,
-    c0: Tensor | None, batch_sizes: Tensor | None, direction: int, needs_dh0: bool,
-    needs_dc0: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Shapes and dtypes of the results of ``scan_backward``, for tensors without data."""
+def _layer_backward_fake(
+    cell: str, doutput: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, input: Tensor,
+    output: Tensor, cells: Tensor, saved: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
+    c0: Tensor | None, batch_sizes: Tensor | None, groups: int, direction: int,
+    wanted: Sequence[int],
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """Shapes and dtypes of the results of ``layer_backward``, for tensors without data."""
     info = reference.CELLS[cell]
-    groups, hidden, size = output.shape[-2], weight_hh.shape[1] // info.gates, output.shape[-1]
-    batch = output.shape[1] if h0 is None else h0.shape[1]
-    projected = weight_hr is not None
-    return (
-        output.new_empty(_over_time(output, info.gates * hidden)),
-        output.new_empty(_over_time(output, info.own * hidden)),
-        output.new_empty(_over_time(output, size) if projected else [0]),
-        output.new_empty(_over_time(output, hidden) if projected else [0]),
-        output.new_empty([groups, batch, size] if needs_dh0 else [0]),
-        output.new_empty([groups, batch, hidden] if needs_dc0 else [0]),
-    )
+    hidden, size = weights[1].shape[0] // info.gates, weights[1].shape[1]
+    batch = input.shape[1] if h0 is None else h0.shape[1]
+    shapes = [input.shape, [groups, batch, size], [groups, batch, hidden]]
+    shapes += [w.shape for w in weights]
+    made = [
+        input.new_empty(shape if want else [0])
+        for shape, want in zip(shapes, wanted, strict=True)
+    ]
+    return made[0], made[3:], made[1], made[2]
 
 
 if native_error is None:
-    torch.library.register_fake("fastrnn::scan", _scan_fake)
-    torch.library.register_fake("fastrnn::scan_backward", _scan_backward_fake)
+    layer = torch.ops.fastrnn.layer.default
+    layer_backward = torch.ops.fastrnn.layer_backward.default
+    torch.library.register_fake("fastrnn::layer", _layer_fake)
+    torch.library.register_fake("fastrnn::layer_backward", _layer_backward_fake)
 _checked(_default)

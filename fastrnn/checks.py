@@ -6,6 +6,7 @@ bounds (inconsistent PackedSequence, states of the wrong batch), these checks ra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,34 +14,62 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .reference import CELLS
+
+_CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
+
 
 @dataclass(frozen=True)
 class LayerSpec:
     """What the arguments of a layer are held against. Dimension key: L layers, D directions."""
 
     name: str  # RNN, LSTM or GRU, as in torch.nn's messages
+    cell: str  # key of reference.CELLS
     input_size: int
     hidden_size: int
     proj_size: int
     num_layers: int
     directions: int
+    bias: bool
+    output_size: int  # P
+    has_c: bool
+    gates: int
 
-    @property
-    def output_size(self) -> int:
-        return self.proj_size or self.hidden_size
+    @functools.cached_property
+    def weight_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of all weights, in torch.nn's order."""
+        rows, size = self.gates * self.hidden_size, self.output_size
+        shapes: list[tuple[int, ...]] = []
+        for group in range(self.num_layers * self.directions):
+            width = self.input_size if group < self.directions else self.directions * size
+            shapes += [(rows, width), (rows, size), *[(rows,)] * (2 * self.bias)]
+            shapes += [(self.proj_size, self.hidden_size)] if self.proj_size else []
+        return shapes
 
-    @property
-    def has_c(self) -> bool:
-        return self.name == "LSTM"
+
+@functools.lru_cache(typed=True)
+def layer_spec(
+    mode: str, input_size: int, hidden_size: int, proj_size: int, num_layers: int,
+    bidirectional: bool, bias: bool,
+) -> LayerSpec:  # fmt: skip
+    """The spec of a layer from the attributes of its module; ``mode`` as in torch.nn.RNNBase."""
+    if mode not in _CELL_OF_MODE:
+        raise ValueError(f"unknown mode {mode!r}, expected one of {', '.join(_CELL_OF_MODE)}")
+    cell = _CELL_OF_MODE[mode]
+    info = CELLS[cell]
+    return LayerSpec(
+        mode.partition("_")[0], cell, input_size, hidden_size, proj_size, num_layers,
+        directions(bidirectional, mode), bias, proj_size or hidden_size, info.has_c, info.gates,
+    )  # fmt: skip
 
 
-def bidirectional(value: object, name: str) -> int:
+def directions(bidirectional: object, name: str) -> int:
     """Number of directions."""
-    if not isinstance(value, bool):
+    if not isinstance(bidirectional, bool):
         raise TypeError(
-            f"{name}: bidirectional should be of type bool, got: {type(value).__name__}"
+            f"{name}: bidirectional should be of type bool, got: {type(bidirectional).__name__}"
         )
-    return 2 if value else 1
+    return 2 if bidirectional else 1
 
 
 def layer_dims(spec: LayerSpec, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None) -> None:
@@ -68,9 +97,34 @@ def layer_dims(spec: LayerSpec, input: Tensor, hx: Tensor | tuple[Tensor, Tensor
         )
 
 
+def step_input(spec: LayerSpec, input: Tensor) -> None:
+    """Number of dimensions of the input of one step, [B, I] or [I]."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{spec.name}: input must be a Tensor, got {type(input).__name__}")
+    if input.dim() not in (1, 2):
+        raise ValueError(
+            f"{spec.name}: Expected the input of a step to be 1D or 2D, got {input.dim()}D instead"
+        )
+
+
+def step_out(spec: LayerSpec, out: object, state: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Tensors for the new state, against the state itself."""
+    targets = out if spec.has_c else [out]
+    values = state if spec.has_c else [state]
+    if not isinstance(targets, (tuple, list)) or len(targets) != len(values):
+        raise TypeError(f"{spec.name}: out must be given like the state of the step")
+    for target, value in zip(targets, values, strict=True):
+        if not isinstance(target, Tensor):
+            raise TypeError(f"{spec.name}: out must hold Tensors, got {type(target).__name__}")
+        if target.shape != value.shape or target.dtype != value.dtype:
+            raise RuntimeError(
+                f"{spec.name}: out must have shape {list(value.shape)} and dtype {value.dtype}, "
+                f"got {list(target.shape)} and {target.dtype}"
+            )
+
+
 def layer_input(spec: LayerSpec, input: Tensor, weights: Sequence[Tensor], packed: bool) -> None:
-    """Dtype, dimensions and feature size of the data, time first or packed; and whether all
-    weights go with it."""
+    """Dtype, dimensions, feature size and device of the data, time first or packed."""
     weight = weights[0]
     if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
         # torch.nn.LSTM does not check packed input; its product then raises a RuntimeError.
@@ -87,19 +141,12 @@ def layer_input(spec: LayerSpec, input: Tensor, weights: Sequence[Tensor], packe
             "input.size(-1) must be equal to input_size. "
             f"Expected {spec.input_size}, got {input.size(-1)}"
         )
-    if input.device != weight.device:
+    device = weight.device
+    if input.device != device:
         raise RuntimeError(
             "Input and parameter tensors are not at the same device, found input tensor at "
-            f"{input.device} and parameter tensor at {weight.device}"
+            f"{input.device} and parameter tensor at {device}"
         )
-    for other in weights:
-        if not isinstance(other, Tensor):
-            raise TypeError(f"{spec.name}: weights must be Tensors, got {type(other).__name__}")
-        if other.device != weight.device or other.dtype != weight.dtype:
-            raise RuntimeError(
-                f"{spec.name}: all weights must have one dtype and device, got {weight.dtype} on "
-                f"{weight.device} and {other.dtype} on {other.device}"
-            )
 
 
 def layer_state(
@@ -166,24 +213,32 @@ def packed_batches(spec: LayerSpec, input: PackedSequence) -> None:
             )
 
 
-def layer_weights(spec: LayerSpec, weights: list[Tensor], gates: int, bias: bool) -> None:
+def layer_weights(spec: LayerSpec, weights: Sequence[Tensor]) -> None:
     """Number and shapes of a layer's weights, in torch.nn's order."""
-    per_direction = 2 + 2 * bias + (spec.proj_size > 0)
-    expected_count = spec.num_layers * spec.directions * per_direction
-    if len(weights) != expected_count:
+    expected = spec.weight_shapes
+    if len(weights) != len(expected):
         raise ValueError(
-            f"{spec.name}: expected {expected_count} weights ({per_direction} for each of "
-            f"{spec.num_layers} layers and {spec.directions} directions), got {len(weights)}"
+            f"{spec.name}: expected {len(expected)} weights for {spec.num_layers} layers and "
+            f"{spec.directions} directions, got {len(weights)}"
         )
-    rows = gates * spec.hidden_size
-    for index, weight in enumerate(weights):
-        group, part = divmod(index, per_direction)
-        width = spec.input_size if group < spec.directions else spec.directions * spec.output_size
-        shapes = [(rows, width), (rows, spec.output_size), *[(rows,)] * (2 * bias)]
-        expected = [*shapes, (spec.proj_size, spec.hidden_size)][part]
-        if weight.shape != expected:
+    for index, (weight, shape) in enumerate(zip(weights, expected, strict=True)):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{spec.name}: weights must be Tensors, got {type(weight).__name__}")
+        if weight.is_cpu is not weights[0].is_cpu:
+            one_dtype_and_device(weights[0], [weight])
+        if weight.shape != shape:
             raise RuntimeError(
-                f"{spec.name}: weight {index} must have shape {expected}, got {tuple(weight.shape)}"
+                f"{spec.name}: weight {index} must have shape {shape}, got {tuple(weight.shape)}"
+            )
+
+
+def one_dtype_and_device(first: Tensor, others: Sequence[Tensor | None]) -> None:
+    """What the operators check for themselves: all tensors of a layer are of one kind."""
+    for other in others:
+        if other is not None and (other.device != first.device or other.dtype != first.dtype):
+            raise RuntimeError(
+                "input, states and weights must have one dtype and device, got "
+                f"{first.dtype} on {first.device} and {other.dtype} on {other.device}"
             )
 
 

@@ -1,5 +1,5 @@
-"""Recurrent layers and cells as functions: input projection, layers, directions, packing and
-dropout around ``autograd.scan``.
+"""Recurrent layers and cells as functions: layers, directions, packing and
+dropout around ``autograd.layer``.
 
 Dimension key: T time, B batch, N rows of packed data, I input, H hidden, P size of h (H, or
 proj_size), G gates, L layers, D directions.
@@ -16,10 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, reference
-from .autograd import scan
+from .autograd import layer
 from .checks import LayerSpec
-
-_CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
 
 def rnn(
@@ -129,9 +127,8 @@ def _checked_layers(
     mode: str, input: Any, weights: Sequence[Tensor], hx: Any, num_layers: int, bias: bool,
     batch_first: bool, dropout: float, training: bool, bidirectional: bool, proj_size: int = 0,
 ) -> Any:  # fmt: skip
-    """``layers`` for weights that do not come from a module, and so are checked first."""
+    """``layers`` for weights that do not come from a module."""
     weights = list(weights)
-    info = reference.CELLS[_CELL_OF_MODE[mode]]
     if num_layers < 1 or not 0 <= dropout <= 1 or proj_size < 0:
         raise ValueError(
             "expected num_layers > 0, 0 <= dropout <= 1 and proj_size >= 0, "
@@ -140,22 +137,22 @@ def _checked_layers(
     if not weights or any(not isinstance(w, Tensor) for w in weights) or weights[0].dim() != 2:
         raise ValueError(f"{mode}: weights must be a sequence of tensors, a matrix first")
     rows, input_size = weights[0].shape
-    spec = LayerSpec(
-        mode.partition("_")[0], input_size, rows // info.gates, proj_size, num_layers,
-        checks.bidirectional(bidirectional, mode),
-    )  # fmt: skip
-    checks.layer_weights(spec, weights, info.gates, bias)
-    return layers(mode, spec, input, weights, hx, bias, batch_first, dropout, training)
+    gates = checks.layer_spec(mode, 1, 1, 0, 1, False, True).gates
+    spec = checks.layer_spec(
+        mode, input_size, rows // gates, proj_size, num_layers, bidirectional, bool(bias)
+    )
+    return layers(spec, input, weights, hx, batch_first, dropout, training)
 
 
 def layers(
-    mode: str, spec: LayerSpec, input: Any, weights: Sequence[Tensor], hx: Any, bias: bool,
-    batch_first: bool, dropout: float, training: bool,
+    spec: LayerSpec, input: Any, weights: Sequence[Tensor], hx: Any, batch_first: bool,
+    dropout: float, training: bool,
 ) -> Any:  # fmt: skip
     """Checks the arguments of a call, brings the data into [T, B, I] or packed rows [N, I], runs
     the layers and brings the results back into the shape of the input."""
+    checks.layer_weights(spec, weights)
     if isinstance(input, PackedSequence):
-        return _packed(mode, spec, input, weights, hx, bias, dropout, training)
+        return _packed(spec, input, weights, hx, dropout, training)
     checks.layer_dims(spec, input, hx)
     batched = input.dim() == 3
     if batched and batch_first:
@@ -169,7 +166,7 @@ def layers(
         checks.layer_state(spec, hx, data.shape[1], data)
     if data.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    output, h_n, c_n = _stack(mode, spec, data, None, weights, hx, bias, dropout, training)
+    output, h_n, c_n = _stack(spec, data, None, weights, hx, dropout, training)
     if batched and batch_first:
         output = output.transpose(0, 1)
     elif not batched:
@@ -178,8 +175,8 @@ def layers(
 
 
 def _packed(
-    mode: str, spec: LayerSpec, input: PackedSequence, weights: Sequence[Tensor], hx: Any,
-    bias: bool, dropout: float, training: bool,
+    spec: LayerSpec, input: PackedSequence, weights: Sequence[Tensor], hx: Any, dropout: float,
+    training: bool,
 ) -> Any:  # fmt: skip
     data, batch_sizes, sorted_indices, unsorted_indices = input
     checks.packed_batches(spec, input)
@@ -194,7 +191,7 @@ def _packed(
         if sorted_indices is not None:
             states = [s.index_select(1, sorted_indices) for s in (hx if spec.has_c else [hx])]
             hx = tuple(states) if spec.has_c else states[0]
-    output, h_n, c_n = _stack(mode, spec, data, batch_sizes, weights, hx, bias, dropout, training)
+    output, h_n, c_n = _stack(spec, data, batch_sizes, weights, hx, dropout, training)
     if unsorted_indices is not None:
         h_n = h_n.index_select(1, unsorted_indices)
         c_n = c_n.index_select(1, unsorted_indices) if spec.has_c else c_n
@@ -203,82 +200,49 @@ def _packed(
 
 
 def _stack(
-    mode: str, spec: LayerSpec, data: Tensor, batch_sizes: Tensor | None,
-    weights: Sequence[Tensor], hx: Any, bias: bool, dropout: float, training: bool,
+    spec: LayerSpec, data: Tensor, batch_sizes: Tensor | None, weights: Sequence[Tensor], hx: Any,
+    dropout: float, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """All layers over [T, B, I], or [N, I] with ``batch_sizes``: output, h_n, c_n."""
-    cell = _CELL_OF_MODE[mode]
+    cell = spec.cell
     h0, c0 = hx if spec.has_c and hx is not None else (hx, None)
     state_dtype = c_dtype = None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(data.device.type):
+        # As torch.nn: GRU and the packed LSTM without projection keep the dtype of their state
+        # (without hx: of the input), the others take the autocast dtype; with a projection c_n
+        # keeps its own.
         if cell == "gru" or (cell == "lstm" and batch_sizes is not None and not spec.proj_size):
             state_dtype = data.dtype if h0 is None else h0.dtype
         else:
             c_dtype = (data if c0 is None else c0).dtype if spec.proj_size else None
-            data, weights, h0, c0 = _autocast(data, weights, h0, c0)
-    directions = spec.directions
-    per_direction = 2 + 2 * bias + (spec.proj_size > 0)
+            state_dtype = torch.get_autocast_dtype(data.device.type)
+    if state_dtype is not None:
+        data, weights, h0, c0 = _cast(state_dtype, data, weights, h0, c0)
+    D, L = spec.directions, spec.num_layers
+    per_layer = len(weights) // L
     h_n, c_n = [], []
-    for layer in range(spec.num_layers):
-        first = layer * directions
-        groups = [
-            weights[g * per_direction : (g + 1) * per_direction]
-            for g in range(first, first + directions)
-        ]
-        h, c = (s if s is None else s[first : first + directions] for s in (h0, c0))
-        data, h, c = _layer(cell, data, batch_sizes, groups, bias, h, c, state_dtype)
+    for i in range(L):
+        h, c = (s if s is None or L == 1 else s[i * D : (i + 1) * D] for s in (h0, c0))
+        own = weights[i * per_layer : (i + 1) * per_layer]
+        data, h, c = layer(cell, data, own, h, c, batch_sizes, D, 2 if D == 2 else 0)
         h_n.append(h)
         c_n.append(c)
-        if dropout and training and layer < spec.num_layers - 1:
+        if dropout and training and i < L - 1:
             data = F.dropout(data, dropout, True)
     if data.requires_grad:
-        data = data.clone()  # backward needs the scan's own; this one the caller may change
+        data = data.clone()  # backward needs the layer's own; this one the caller may change
     h, c = h_n[0], c_n[0]
     if spec.num_layers > 1:
         h, c = torch.cat(h_n), torch.cat(c_n) if spec.has_c else c
     return data, h, c if c_dtype is None else c.to(c_dtype)
 
 
-def _layer(
-    cell: str, data: Tensor, batch_sizes: Tensor | None, groups: list[Sequence[Tensor]],
-    bias: bool, h0: Tensor | None, c0: Tensor | None, state_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One layer, all directions: [T, B, I] -> [T, B, D * P], h_n [D, B, P], c_n [D, B, H]."""
-    projected = len(groups[0]) > 2 + 2 * bias
-    weight_ih = _joined([g[0] for g in groups])
-    bias_ih, bias_hh = (_stacked([g[i] for g in groups]) if bias else None for i in (2, 3))
-    lead = data.shape[:-1]
-    gates = F.linear(data.reshape(-1, data.shape[-1]), weight_ih)
-    gates = gates.view(*lead, len(groups), groups[0][1].shape[0])
-    weight_hh = _stacked([g[1] for g in groups])
-    weight_hr = _stacked([g[-1] for g in groups]) if projected else None
-    if state_dtype is not None:
-        gates, weight_hh = gates.to(state_dtype), weight_hh.to(state_dtype)
-        bias_ih, bias_hh = (b if b is None else b.to(state_dtype) for b in (bias_ih, bias_hh))
-    output, h_n, c_n = scan(
-        cell, gates, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, batch_sizes,
-        2 if len(groups) == 2 else 0,
-    )  # fmt: skip
-    return output.flatten(-2), h_n, c_n
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _autocast(
-    data: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
-) -> tuple[Tensor, Sequence[Tensor], Tensor | None, Tensor | None]:
-    """Everything in the autocast dtype: what torch.nn does for RNN and LSTM. GRU and the packed
-    LSTM without projection keep the dtype of their state (without hx: of the input) and autocast
-    the input product only; with a projection c_n keeps its dtype."""
-    low = torch.get_autocast_dtype(data.device.type)
-    h0, c0 = (s if s is None else s.to(low) for s in (h0, c0))
-    return data.to(low), [w.to(low) for w in weights], h0, c0
+def _cast(
+    dtype: torch.dtype, data: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
+    c0: Tensor | None,
+) -> tuple[Tensor, Sequence[Tensor], Tensor | None, Tensor | None]:  # fmt: skip
+    h0, c0 = (s if s is None else s.to(dtype) for s in (h0, c0))
+    return data.to(dtype), [w.to(dtype) for w in weights], h0, c0
 
 
 def rnn_cell(
@@ -339,7 +303,7 @@ def _cell(
     name: str, cell: str, input: Tensor, hx: Any, weight_ih: Tensor, weight_hh: Tensor,
     bias_ih: Tensor | None, bias_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A scan over one step: h' and c'."""
+    """A layer over one step: h' and c'."""
     lstm_like = name == "LSTMCell"
     if lstm_like and isinstance(hx, Tensor):
         raise TypeError("LSTMCell: hx must be a tuple (h, c) of Tensors, not a Tensor")
@@ -359,12 +323,11 @@ def _cell(
         state_dtype = input.dtype if states[0] is None else states[0].dtype
         if name == "RNNCell":
             state_dtype = torch.get_autocast_dtype(input.device.type)
-    h0, c0 = (
-        s if s is None else (s if state_dtype is None else s.to(state_dtype)).unsqueeze(0)
-        for s in states
-    )
-    weights = [weight_ih, weight_hh, *(b for b in biases if b is not None)]
+    weights: Sequence[Tensor] = [weight_ih, weight_hh, *(b for b in biases if b is not None)]
+    h0, c0 = (s if s is None else s.unsqueeze(0) for s in states)
     data = input.unsqueeze(0)
-    _, h_n, c_n = _layer(cell, data, None, [weights], bias_ih is not None, h0, c0, state_dtype)
+    if state_dtype is not None:
+        data, weights, h0, c0 = _cast(state_dtype, data, weights, h0, c0)
+    _, h_n, c_n = layer(cell, data, weights, h0, c0, None, 1, 0)
     h, c = h_n.squeeze(0), c_n.squeeze(0) if lstm_like else c_n
     return (h, c) if batched else (h.squeeze(0), c.squeeze(0) if lstm_like else c)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from . import checks, functional, swap
+from . import checks, functional, stream, swap
 
 
 class _Layer(nn.RNNBase):
@@ -18,20 +18,67 @@ class _Layer(nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run the layer over a sequence; see the class for shapes and errors."""
-        self._update_flat_weights()
-        spec = checks.LayerSpec(
-            self.mode.partition("_")[0],
-            self.input_size,
-            self.hidden_size,
-            self.proj_size,
-            self.num_layers,
-            checks.bidirectional(self.bidirectional, self.mode),
-        )
-        weights = cast(list[Tensor], self._flat_weights)
         return functional.layers(
-            self.mode, spec, input, weights, hx, self.bias, self.batch_first, self.dropout,
-            self.training,
+            self._spec(), input, self._weights(), hx, self.batch_first, self.dropout, self.training
+        )
+
+    def step(self, input: Tensor, state: Any = None, out: Any = None) -> tuple[Tensor, Any]:
+        """One time step of a stream: the next output and state.
+
+        The same as ``forward`` over a sequence of one step, with little more around the kernels
+        than the allocation of the results; a unidirectional net of any number of layers. Call it
+        under ``torch.no_grad()`` or ``inference_mode()``: with gradients enabled, on other devices
+        and under autocast it runs ``forward``. Weights may change between calls in any way.
+        Dropout between layers applies in training mode, as in ``forward``.
+
+        Shapes (B batch, I input_size, H hidden_size, P size of h, L num_layers):
+            * input [B, I], or unbatched [I]
+            * state as hx of ``forward``: h [L, B, P], for an LSTM (h, c [L, B, H]); default zeros
+            * output [B, P] or [P], and the new state, shaped as the state
+
+        Args:
+            out: tensors for the new state, which are then returned; may be those of ``state``.
+
+        Raises:
+            ValueError: the layer is bidirectional.
+            ValueError, RuntimeError, TypeError: arguments of wrong shape, dtype, device or type.
+
+        Example::
+
+            >>> layer, state = fastrnn.LSTM(40, 128), None
+            >>> with torch.inference_mode():
+            ...     for frame in torch.randn(100, 1, 40):
+            ...         output, state = layer.step(frame, state)
+        """
+        return stream.step(self, self._spec(), input, state, out)
+
+    def _new_stepper(self, spec: checks.LayerSpec) -> stream.Stepper | None:
+        names, weights = self._flat_weights_names, self._weights()
+        if (
+            spec.directions == 2
+            or (self.training and self.dropout and spec.num_layers > 1)
+            or any(name not in self._parameters for name in names)
+            or not stream.can_step(spec, weights)
+        ):
+            return None
+        return stream.Stepper(
+            self, spec, stream.weights_of_layers(spec, names, weights), weights[0].dtype
+        )
+
+    def _spec(self) -> checks.LayerSpec:
+        return checks.layer_spec(
+            self.mode, self.input_size, self.hidden_size, self.proj_size, self.num_layers,
+            self.bidirectional, self.bias,
         )  # fmt: skip
+
+    def _weights(self) -> list[Tensor]:
+        """The weights as they are now: Parameters, or what stands in their place (parametrizations,
+        functional_call, plain tensors set as attributes)."""
+        parameters, names = self._parameters, self._flat_weights_names
+        try:
+            return [cast(Tensor, parameters[name]) for name in names]
+        except KeyError:
+            return [getattr(self, name) for name in names]
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take the parameters where they are."""

@@ -1,4 +1,4 @@
-"""``scan`` and ``scan_backward`` in plain PyTorch: the oracle, the documentation of the formulas,
+"""``layer`` and ``layer_backward`` in plain PyTorch: the oracle, the documentation of the formulas,
 the backend that needs no compiler, and (being differentiable) the derivative of the backward pass.
 
 Dimension key: T time, B batch, N rows of data (T * B, or the sum of ``batch_sizes``), H hidden,
@@ -8,6 +8,7 @@ their own, D groups (directions).  Formulas: torch.nn.RNN, LSTM and GRU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +32,36 @@ class CellGradient(NamedTuple):
     dc: Tensor
 
 
+class Weights(NamedTuple):
+    """The weights of one group: [G * H, I], [G * H, P], [G * H], [G * H], [P, H]."""
+
+    ih: Tensor
+    hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    hr: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Weights:
+        def cast(t: Tensor | None) -> Tensor | None:
+            return t if t is None else t.to(dtype)
+
+        return Weights(
+            self.ih.to(dtype), self.hh.to(dtype), cast(self.b_ih), cast(self.b_hh), cast(self.hr)
+        )
+
+
+def weights_of_groups(weights: Sequence[Tensor], groups: int) -> list[Weights]:
+    """The list of an operator, group by group: weight_ih, weight_hh, then both biases or none,
+    then weight_hr or none."""
+    count = len(weights) // groups
+    result = []
+    for g in range(groups):
+        own = list(weights[g * count : (g + 1) * count])
+        b_ih, b_hh = own[2:4] if count >= 4 else (None, None)
+        result.append(Weights(own[0], own[1], b_ih, b_hh, own[-1] if count % 2 else None))
+    return result
+
+
 @dataclass(frozen=True)
 class Cell:
     """What a cell is made of. ``x`` and ``r`` are lists of G tensors [n, H]: the input and the
@@ -50,6 +81,10 @@ class Cell:
         dsaved: list[Tensor] | None,
     ) -> CellGradient:  # fmt: skip
         """One step back. ``dsaved``: gradients of ``saved`` itself, in a second derivative."""
+        raise NotImplementedError
+
+    def hidden(self, saved: list[Tensor], after: State) -> Tensor:
+        """h before its projection, from what the step saved."""
         raise NotImplementedError
 
 
@@ -112,6 +147,9 @@ class Lstm(Cell):
         dx = [di * i * (1 - i), df * f * (1 - f), dg * (1 - g * g), do * o * (1 - o)]
         return CellGradient(dx, [], torch.zeros_like(dh), dc * f)
 
+    def hidden(self, saved: list[Tensor], after: State) -> Tensor:
+        return saved[3] * torch.tanh(after.c)
+
 
 @dataclass(frozen=True)
 class Gru(Cell):
@@ -151,7 +189,12 @@ def reversed_group(d: int, groups: int, direction: int) -> bool:
     return direction == 1 or (direction == 2 and 2 * d >= groups)
 
 
-def rows_of_steps(data: Tensor, batch_sizes: Tensor | None) -> list[slice]:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """16-bit tensors are computed in float32, others in their own dtype."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _rows_of_steps(data: Tensor, batch_sizes: Tensor | None) -> list[slice]:
     """The rows of each time step in flattened data ([T, B, ...], or [N, ...] when packed)."""
     if batch_sizes is None:
         steps, batch = data.shape[:2]
@@ -166,135 +209,124 @@ def _initial(state: Tensor | None, d: int, like: Tensor, batch: int, width: int)
     return state[d].to(like.dtype)
 
 
-def _compute(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _back_in_order(parts: list[Tensor], reverse: bool) -> Tensor:
+def _in_order(parts: list[Tensor], reverse: bool) -> Tensor:
     return torch.cat(parts[::-1] if reverse else parts)
 
 
-def scan(
+def layer(
     cell: str,
-    gates: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
+    input: Tensor,
+    weights: Sequence[Tensor],
     h0: Tensor | None,
     c0: Tensor | None,
     batch_sizes: Tensor | None,
+    groups: int,
     direction: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run a cell along time. The contract of ``torch.ops.fastrnn.scan`` with ``save=True``.
+    """Run all groups of one layer. The contract of ``torch.ops.fastrnn.layer`` with ``save=True``.
 
     Args:
         cell: a name in :data:`CELLS`.
-        gates: input products W_ih x [T, B, D, G * H], or packed [N, D, G * H].
-        weight_hh: [D, G * H, P].
-        bias_ih, bias_hh: added to the input and to the recurrent products [D, G * H], or None.
-        weight_hr: projection of h [D, P, H] (LSTM), or None: P = H.
+        input: [T, B, I], or packed [N, I].
+        weights: for each group weight_ih [G * H, I], weight_hh [G * H, P], with biases bias_ih and
+            bias_hh [G * H], with a projection weight_hr [P, H].
         h0, c0: initial states [D, B, P] and [D, B, H], or None: zeros. Packed data needs h0.
         batch_sizes: rows of each step [T], int64 on the CPU, not increasing; None: dense.
+        groups: D, the number of groups.
         direction: 0 forward, 1 reverse, 2 the second half of the groups in reverse.
 
     Returns:
-        output [T, B, D, P], h_n [D, B, P], c_n [D, B, H], c of every step [T, B, D, H] in the
-        compute dtype, and saved activations [T, B, D, A * H]; [0] where the cell has none.
+        output [T, B, D * P] or [N, D * P], h_n [D, B, P], c_n [D, B, H], c of every step [D, N, H]
+        in the compute dtype, and saved activations [D, N, A * H]; [0] where the cell has none.
         Computed in float32 for 16-bit tensors, h rounded at each step.
     """
-    info, dtype, groups = CELLS[cell], gates.dtype, gates.shape[-2]
-    compute, hidden, size = _compute(dtype), gates.shape[-1] // info.gates, weight_hh.shape[2]
-    rows, lead = rows_of_steps(gates, batch_sizes), gates.shape[:-2]
+    info, dtype = CELLS[cell], input.dtype
+    compute = compute_dtype(dtype)
+    rows = _rows_of_steps(input, batch_sizes)
     batch = rows[0].stop
-    flat = gates.reshape(-1, groups, gates.shape[-1]).to(compute)
-    empty = gates.new_empty(0)
+    flat = input.reshape(-1, input.shape[-1]).to(compute)
+    empty = input.new_empty(0)
     per_group: list[tuple[Tensor, ...]] = []
-    with torch.autocast(gates.device.type, enabled=False):
-        for d in range(groups):
+    with torch.autocast(input.device.type, enabled=False):
+        for d, own in enumerate(weights_of_groups(weights, groups)):
             reverse = reversed_group(d, groups, direction)
-            w_hh = weight_hh[d].to(compute)
-            w_hr = None if weight_hr is None else weight_hr[d].to(compute)
-            b_ih, b_hh = (0 if b is None else b[d].to(compute) for b in (bias_ih, bias_hh))
+            w = own.to(compute)
+            hidden, size = w.hh.shape[0] // info.gates, w.hh.shape[1]
+            b_ih, b_hh = (0 if b is None else b for b in (w.b_ih, w.b_hh))
+            gates = flat @ w.ih.T + b_ih
             h = _initial(h0, d, flat, batch, size)
             c = _initial(c0, d, flat, batch, hidden) if info.has_c else empty
             parts: list[tuple[Tensor, ...]] = []
             for row in reversed(rows) if reverse else rows:
                 n = row.stop - row.start
-                x = list((flat[row, d] + b_ih).chunk(info.gates, -1))
-                r = list((h[:n] @ w_hh.T + b_hh).chunk(info.gates, -1))
+                x = list(gates[row].chunk(info.gates, -1))
+                r = list((h[:n] @ w.hh.T + b_hh).chunk(info.gates, -1))
                 new, saved = info.forward(x, r, State(h[:n], c[:n]))
-                out = new.h if w_hr is None else new.h @ w_hr.T
-                out = out.to(dtype)
+                out = (new.h if w.hr is None else new.h @ w.hr.T).to(dtype)
                 parts.append((out, new.c, *saved))
                 h = torch.cat([out.to(compute), h[n:]])
                 c = torch.cat([new.c, c[n:]]) if info.has_c else c
-            output, cells, *saved = (
-                _back_in_order(list(p), reverse) for p in zip(*parts, strict=True)
-            )
+            output, cells, *saved = (_in_order(list(p), reverse) for p in zip(*parts, strict=True))
             saved_d = torch.cat(saved, -1).to(dtype) if saved else output.new_empty(len(flat), 0)
             per_group.append((output, h.to(dtype), c.to(dtype), cells, saved_d))
     outputs, h_n, c_n, cells_all, saved_all = zip(*per_group, strict=True)
     return (
-        torch.stack(outputs, 1).reshape(*lead, groups, size),
+        torch.cat(outputs, 1).reshape(*input.shape[:-1], -1),
         torch.stack(h_n),
         torch.stack(c_n) if info.has_c else empty,
-        torch.stack(cells_all, 1).reshape(*lead, groups, hidden) if info.has_c
-        else torch.empty(0, dtype=compute, device=gates.device),
-        torch.stack(saved_all, 1).reshape(*lead, groups, info.saved * hidden),
-    )  # fmt: skip
+        torch.stack(cells_all) if info.has_c else flat.new_empty(0),
+        torch.stack(saved_all),
+    )
 
 
-def _width(t: Tensor | None, width: int, like: Tensor) -> Tensor:
-    """[N, D, width] of a gradient over time, zeros where it is None."""
-    if t is None:
-        return like.new_zeros(1, 1, 1).expand(like.shape[0], like.shape[1], width)
-    return t.reshape(like.shape[0], like.shape[1], width).to(like.dtype)
-
-
-def scan_backward(
+def layer_backward(
     cell: str,
     doutput: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
     dcells: Tensor | None,
     dsaved: Tensor | None,
+    input: Tensor,
     output: Tensor,
     cells: Tensor,
     saved: Tensor,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
+    weights: Sequence[Tensor],
     h0: Tensor | None,
     c0: Tensor | None,
     batch_sizes: Tensor | None,
+    groups: int,
     direction: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of :func:`scan`, differentiable in every tensor argument.
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """The gradient of :func:`layer`, differentiable in every tensor argument.
 
-    Takes the gradients of scan's five results (None: zero), the results that backward needs and
-    scan's own arguments. ``dcells`` and ``dsaved`` are there for second derivatives.
+    Takes the gradients of its five results (None: zero), the results that backward needs and its
+    own arguments. ``dcells`` and ``dsaved`` are there for second derivatives.
 
     Returns:
-        dgates [T, B, D, G * H], drecurrent [T, B, D, R * H] (recurrent products of the last R
-        gates), and with a projection the whole gradient of h after each step [T, B, D, P] and
-        o tanh(c) of each step [T, B, D, H] (else [0]); dh0 [D, B, P] and dc0 [D, B, H] (or [0]).
+        dinput, the gradients of all weights, dh0 [D, B, P] and dc0 [D, B, H] (or [0]).
     """
-    info, dtype, groups = CELLS[cell], output.dtype, output.shape[-2]
-    compute, hidden, size = _compute(dtype), weight_hh.shape[1] // info.gates, weight_hh.shape[2]
-    rows, lead = rows_of_steps(output, batch_sizes), output.shape[:-2]
+    info, dtype = CELLS[cell], input.dtype
+    compute = compute_dtype(dtype)
+    rows = _rows_of_steps(input, batch_sizes)
     batch = rows[0].stop
-    empty = output.new_empty(0)
-    out = output.reshape(-1, groups, size).to(compute)
-    c_all = _width(cells, hidden, out) if info.has_c else out
-    saved_all = _width(saved, info.saved * hidden, out)
-    d_out, d_cells = _width(doutput, size, out), _width(dcells, hidden, out)
-    dsaved_all = None if dsaved is None else _width(dsaved, info.saved * hidden, out)
-    per_group: list[tuple[Tensor, ...]] = []
-    with torch.autocast(output.device.type, enabled=False):
-        for d in range(groups):
+    flat = input.reshape(-1, input.shape[-1]).to(compute)
+    dinput: Tensor | float = 0.0
+    dweights: list[Tensor] = []
+    dh0, dc0 = [], []
+    with torch.autocast(input.device.type, enabled=False):
+        for d, own_weights in enumerate(weights_of_groups(weights, groups)):
             reverse = reversed_group(d, groups, direction)
-            w_hh = weight_hh[d].to(compute)
-            w_hr = None if weight_hr is None else weight_hr[d].to(compute)
+            w = own_weights.to(compute)
+            hidden, size = w.hh.shape[0] // info.gates, w.hh.shape[1]
+            lanes = slice(d * size, (d + 1) * size)
+            out = output.reshape(len(flat), -1)[:, lanes].to(compute)
+            d_out = None
+            if doutput is not None:
+                d_out = doutput.reshape(len(flat), -1)[:, lanes].to(compute)
+            c_all = cells[d] if info.has_c else out
+            d_cells = None if dcells is None else dcells[d]
+            dsaved_d = None if dsaved is None else dsaved[d].to(compute)
+            saved_d = saved[d].to(compute)
             h_first = _initial(h0, d, out, batch, size)
             c_first = _initial(c0, d, out, batch, hidden)
             dh = _initial(dh_n, d, out, batch, size)
@@ -308,40 +340,37 @@ def scan_backward(
                 kept = min(previous.stop - previous.start, n)
                 index = slice(previous.start, previous.start + kept)
                 before = State(
-                    torch.cat([out[index, d], h_first[kept:n]]),
-                    torch.cat([c_all[index, d], c_first[kept:n]]) if info.has_c else c_first[:n],
+                    torch.cat([out[index], h_first[kept:n]]),
+                    torch.cat([c_all[index], c_first[kept:n]]) if info.has_c else c_first[:n],
                 )
-                after = State(out[row, d], c_all[row, d])
-                s = list(saved_all[row, d].chunk(info.saved, -1)) if info.saved else []
-                ds = None if dsaved_all is None or not s else list(
-                    dsaved_all[row, d].chunk(info.saved, -1))  # fmt: skip
-                dp = dh[:n] + d_out[row, d]
-                dm = dp if w_hr is None else dp @ w_hr
-                m = s[3] * torch.tanh(after.c) if w_hr is not None else empty
-                g = info.backward(s, before, after, dm, dc[:n] + d_cells[row, d], ds)
-                dx, own = torch.cat(g.dx, -1), g.dr
-                dr = torch.cat([*g.dx[: info.gates - info.own], *own], -1)
-                parts.append((dx, torch.cat(own, -1) if own else dx[:, :0], dp, m))
-                through = dr @ w_hh
-                dh = torch.cat([through if w_hr is not None else through + g.dh, dh[n:]])
+                after = State(out[row], c_all[row])
+                s = list(saved_d[row].chunk(info.saved, -1)) if info.saved else []
+                ds = None if dsaved_d is None or not s else list(
+                    dsaved_d[row].chunk(info.saved, -1))  # fmt: skip
+                dp = dh[:n] if d_out is None else dh[:n] + d_out[row]
+                dm = dp if w.hr is None else dp @ w.hr
+                m = info.hidden(s, after) if w.hr is not None else dm[:, :0]
+                dc_now = dc[:n] if d_cells is None else dc[:n] + d_cells[row]
+                g = info.backward(s, before, after, dm, dc_now, ds)
+                dr = torch.cat([*g.dx[: info.gates - info.own], *g.dr], -1)
+                parts.append((torch.cat(g.dx, -1), dr, before.h, dp, m))
+                through = dr @ w.hh
+                dh = torch.cat([through if w.hr is not None else through + g.dh, dh[n:]])
                 dc = torch.cat([g.dc, dc[n:]])
-            dx_d, own_d, dp_d, m_d = (
-                _back_in_order(list(p), not reverse) for p in zip(*parts, strict=True)
+            dx_all, dr_all, h_all, dp_all, m_all = (
+                _in_order(list(p), not reverse) for p in zip(*parts, strict=True)
             )
-            per_group.append((dx_d, own_d, dp_d, m_d, dh, dc))
-    dgates, drecurrent, dprojected, m_all, dh0, dc0 = zip(*per_group, strict=True)
-
-    def over_time(tensors: tuple[Tensor, ...], wanted: bool = True) -> Tensor:
-        if not wanted:
-            return empty
-        return torch.stack(tensors, 1).reshape(*lead, groups, tensors[0].shape[-1]).to(dtype)
-
-    projected = weight_hr is not None
+            dinput = dinput + dx_all @ w.ih
+            dweights += [dx_all.T @ flat, dr_all.T @ h_all]
+            dweights += [dx_all.sum(0), dr_all.sum(0)] if w.b_ih is not None else []
+            dweights += [dp_all.T @ m_all] if w.hr is not None else []
+            dh0.append(dh)
+            dc0.append(dc)
+    assert isinstance(dinput, Tensor)
     return (
-        over_time(dgates),
-        torch.stack(drecurrent, 1).reshape(*lead, groups, info.own * hidden).to(dtype),
-        over_time(dprojected, projected),
-        over_time(m_all, projected),
+        dinput.reshape(input.shape).to(dtype),
+        [dw.to(dtype) for dw in dweights],
         torch.stack(dh0).to(dtype),
-        torch.stack(dc0).to(dtype) if info.has_c else empty,
+        torch.stack(dc0).to(dtype) if info.has_c else input.new_empty(0),
     )
+

@@ -85,9 +85,14 @@ def poisoned_memory() -> Iterator[None]:
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    native = None if _ops.native_error else importlib.import_module("fastrnn._C")
+    if native:
+        native.poison(True)
     try:
         yield
     finally:
+        if native:
+            native.poison(False)
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 

@@ -110,7 +110,7 @@ def test_every_backend_is_listed_with_its_reason() -> None:
 def test_native_runs(name: str, backend: str) -> None:
     fastrnn.set_backend(backend)
     assert fastrnn.get_backend() == backend
-    assert operators(name) == ["scan", "scan_backward"]
+    assert operators(name) == ["layer", "layer_backward"]
 
 
 @pytest.mark.parametrize("name", LAYERS + CELLS)
@@ -130,7 +130,7 @@ def test_backward_runs_where_its_forward_ran() -> None:
         assert recorded.seen == []
         with fastrnn.use_backend("reference"):
             from_native.backward()
-        assert recorded.seen == ["scan_backward"]
+        assert recorded.seen == ["layer_backward"]
 
 
 @pytest.mark.parametrize("name", ["", "cuda", "Native", "reference "])
@@ -180,7 +180,7 @@ def test_context_manager_is_of_its_thread() -> None:
 
     with fastrnn.use_backend("reference"):  # not seen by the threads
         threads = [
-            threading.Thread(target=work, args=("native", ["scan", "scan_backward"])),
+            threading.Thread(target=work, args=("native", ["layer", "layer_backward"])),
             threading.Thread(target=work, args=("reference", [])),
         ]
         for thread in threads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,15 +13,35 @@ from typing import Any
 import pytest
 import torch
 
+import fastrnn
+
 pytest.importorskip("numpy")
 pytest.importorskip("tqdm")
 
 sys.path.append(str(Path(__file__).parent.parent))  # after an installed fastrnn, not before it
 
-from bench import cases, measure, plot, rivals, run
+from bench import (
+    base,
+    cases,
+    check,
+    criteria,
+    environment,
+    measure,
+    onnx_rivals,
+    plot,
+    rivals,
+    rows,
+    run,
+    sweep,
+    sweep_layers,
+    sweep_stream,
+)
 
 TINY = cases.Case("tiny", "fast enough for a test", T=3, B=2, H=8, input_size=5)
 TINY_PACKED = cases.Case("tiny-packed", "packed", T=4, B=2, H=8, lengths=(4, 2))
+TINY_STACK = cases.Case("tiny-stack", "both directions", 3, 2, 8, 5, layers=2, bidirectional=True)
+TINY_STREAM = cases.Case("tiny-stream", "a state is given", T=1, B=1, H=8, carried=True)
+OWN = [rival for rival in rivals.RIVALS if rival.name in ("torch.nn", "fastrnn")]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +61,7 @@ def wrong_fastrnn(monkeypatch: pytest.MonkeyPatch) -> None:
         call = rivals.make_fastrnn(workload)
         return lambda: [result + 1e-3 for result in call()]
 
-    changed = [replace(r, make=make) if r.name == "fastrnn" else r for r in rivals.RIVALS]
+    changed = [replace(r, make=make) if r.name == "fastrnn" else r for r in OWN]
     monkeypatch.setattr(run, "RIVALS", changed)
 
 
@@ -61,28 +82,48 @@ def test_flops_of_a_case_counted_by_hand() -> None:
     assert cases.flops(TINY_PACKED, "lstm", "inference") == 2 * 4 * 8 * (8 + 8) * 6
 
 
-@pytest.mark.parametrize("case", [TINY, TINY_PACKED, cases.twin(TINY, "bfloat16")])
+def test_traffic_of_a_case_counted_by_hand() -> None:
+    input, recurrent = 4 * 2 * 3 * 4 * 5, 4 * 2 * 3 * 4 * 4  # bytes, both directions of a GRU
+    case = cases.Case("x", "x", T=10, B=1, H=4, input_size=5, bidirectional=True)
+    assert cases.weight_bytes(case, "gru") == (input, recurrent)
+    assert cases.traffic(case, "gru", "inference") == input + 9 * recurrent
+    assert cases.traffic(case, "gru", "training") == 3 * input + 19 * recurrent
+    assert cases.traffic(replace(case, carried=True), "gru", "inference") == input + 10 * recurrent
+    half = cases.twin(case, "bfloat16")
+    assert 2 * cases.traffic(half, "gru", "training") == cases.traffic(case, "gru", "training")
+    assert cases.working_set(case, "gru") == recurrent // 2
+    assert cases.working_set(replace(case, T=1), "gru") == input + recurrent
+
+
+@pytest.mark.parametrize("case", [TINY, TINY_PACKED, TINY_STREAM, cases.twin(TINY, "bfloat16")])
 @pytest.mark.parametrize("cell", cases.CELLS)
 @pytest.mark.parametrize("mode", cases.MODES)
 def test_row(case: cases.Case, cell: str, mode: str) -> None:
-    row = run.measure(case, cell, mode, peak=1e11, quick=True)
+    row = run.measure(case, cell, mode, quick=True, rivals=OWN)
     assert row["parity"]["fastrnn"]["ok"], row["parity"]
     ours, theirs = row["results"]["fastrnn"], row["results"]["torch.nn"]
+    arithmetic = cases.flops(case, cell, mode) / row["gemm_peak"]
+    moving = cases.traffic(case, cell, mode) / row["bandwidth"]
+    assert row["floor"] == max(arithmetic, moving) > 0
+    assert row["bound"] == ("GEMM" if arithmetic > moving else "memory")
     for result in (ours, theirs):
         assert 0 < result["p20"] <= result["median"] <= result["p80"]
         assert result["rounds"] >= 3
+        assert result["cpus"] < 1.5  # on one thread
         # At least the output is held.
         assert result["peak_bytes"] >= case.rows * case.H * (2 if case.dtype == "bfloat16" else 4)
-        share = cases.flops(case, cell, mode) / result["median"] / 1e11
-        assert result["gemm_share"] == pytest.approx(share)
+        assert result["gemm_share"] == pytest.approx(arithmetic / result["median"])
+        assert result["floor_share"] == pytest.approx(row["floor"] / result["median"])
     assert row["speedup"] == pytest.approx(theirs["median"] / ours["median"])
+    assert row["ratios"]["torch.nn"]["median"] == row["speedup"]
     assert row["speedup_p20"] <= row["speedup_p80"]
-    json.dumps(row)
+    assert json.loads(json.dumps(row)) == row
 
 
 def test_training_computes_every_gradient() -> None:
     workload = cases.build_workload(TINY, "lstm", "training")
     results = cases.bind(workload.module, workload)()
+    assert list(check.named(results, workload))[3] == "d input"
     output, h_n, c_n, *gradients = results
     assert (output.shape, h_n.shape, c_n.shape) == ((3, 2, 8), (1, 2, 8), (1, 2, 8))
     leaves = [workload.input, *workload.module.parameters()]
@@ -90,12 +131,51 @@ def test_training_computes_every_gradient() -> None:
     assert all(g.abs().max() > 0 for g in gradients)
 
 
+def test_a_carried_state_reaches_the_layer() -> None:
+    workload = cases.build_workload(TINY_STREAM, "lstm", "inference")
+    given = cases.bind(workload.module, workload)()
+    without = cases.bind(workload.module, replace(workload, state=None))()
+    assert not any(torch.equal(a, b) for a, b in zip(given, without, strict=True))
+
+
 def test_calls_take_turns() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) or () for name in "ab"}
-    samples = measure.time_paired(calls, seconds=0, min_rounds=4)
-    assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 4, "b": 4}
+    samples = measure.time_paired(calls, seconds=0, min_rounds=4, burst=0)
+    assert {name: len(sample.seconds) for name, sample in samples.items()} == {"a": 4, "b": 4}
     assert "".join(order) == "abba" * 3
+
+
+def test_short_calls_are_repeated_within_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def call() -> tuple[()]:
+        nonlocal now
+        now += 1e-3
+        return ()
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    sample = measure.time_paired({"a": call}, seconds=0, min_rounds=2, burst=0.0105)["a"]
+    assert now == pytest.approx(1e-3 * (2 + 2 * 10))  # two to warm up, then two turns of ten
+    assert sample.seconds == pytest.approx([1e-3, 1e-3])
+
+
+def test_bandwidth_and_peak_are_of_a_real_machine() -> None:
+    for size in (8, 2**16, 2**22):
+        assert 1e8 < measure.bandwidth(size, 0.02) < 1e13
+    peak = measure.gemm_peak(torch.float32, 0.02)
+    assert 1e8 < peak < 1e13
+    assert measure.gemm_peak(torch.bfloat16, 0.02) > 0.2 * peak  # a layer may compute in float32
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_one_thread_is_held_on_one_cpu() -> None:
+    before = os.sched_getaffinity(0)
+    with measure.pinned(2):
+        assert os.sched_getaffinity(0) == before
+    with measure.pinned(1):
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
 
 
 def test_peak_memory_counts_what_is_held_at_once() -> None:
@@ -119,16 +199,17 @@ def test_command_writes_complete_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = rivals.Rival("nobody", lambda _: None, rivals.needs("fastrnn_no_such_module"))
-    monkeypatch.setattr(run, "RIVALS", [*rivals.RIVALS, missing])
+    monkeypatch.setattr(run, "RIVALS", [*OWN, missing])
+    monkeypatch.setattr(environment, "RIVALS", [*OWN, missing])
     monkeypatch.setattr(run, "CASES", [TINY])
     file = tmp_path / "rows.json"
     words = ["--quick", "--cell", "gru", "--threads", "1", "2", "--json", str(file)]
     assert run.main(words) == 0
-    rows = plot.load(file)
-    assert [(r["cell"], r["mode"], r["threads"]) for r in rows] == [
+    written = rows.load(file)
+    assert [(r["cell"], r["mode"], r["threads"]) for r in written] == [
         ("gru", mode, threads) for threads in (1, 2) for mode in cases.MODES
     ]
-    for row in rows:
+    for row in written:
         assert row["device"]
         assert row["versions"]["torch"] == torch.__version__
         assert row["date"].endswith("+00:00")
@@ -145,8 +226,8 @@ def test_wrong_numbers_are_red_and_untimed(
     monkeypatch.setattr(run, "CASES", [TINY])
     assert run.main(["--quick", "--cell", "rnn", "--mode", "inference"]) == 1
     assert "RED" in capsys.readouterr().out
-    row = run.measure(TINY, "rnn", "training", peak=1e11, quick=True)
-    assert row["results"] == {}
+    row = run.measure(TINY, "rnn", "training", quick=True)
+    assert row["results"] == row["ratios"] == {}
     assert row["speedup"] is None
 
 
@@ -155,9 +236,10 @@ def test_nan_and_missing_results_are_red() -> None:
     good = cases.bind(workload.module, workload)
     output, h_n = good()
     calls = {"torch.nn": good, "fastrnn": lambda: (output * torch.nan, h_n)}
-    assert not run.check(workload, calls)["fastrnn"]["ok"]
-    calls["fastrnn"] = lambda: (output,)
-    assert not run.check(workload, calls)["fastrnn"]["ok"]
+    calls["other"] = calls["fastrnn"]
+    assert not any(verdict["ok"] for verdict in check.check(workload, calls).values())
+    calls["fastrnn"] = calls["other"] = lambda: (output,)
+    assert not any(verdict["ok"] for verdict in check.check(workload, calls).values())
 
 
 def test_unknown_case_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,53 +249,201 @@ def test_unknown_case_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> No
     assert "no case is called nosuch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "jax"])
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [
+        (TINY_STACK, "inference"),
+        (TINY_STREAM, "inference"),
+        (TINY_STACK, "training"),
+        (cases.twin(TINY, "bfloat16"), "training"),
+        (cases.twin(TINY, "bfloat16"), "inference"),
+    ],
+)
 @pytest.mark.parametrize("cell", cases.CELLS)
-def test_onnxruntime_computes_the_same(cell: str) -> None:
-    reason = rivals.needs("onnxruntime", "onnx")()
-    if reason:
-        pytest.skip(reason)
-    case = replace(TINY, layers=2, bidirectional=True)
-    workload = cases.build_workload(case, cell, "inference")
-    call = rivals.make_onnxruntime(workload)
-    assert call is not None
-    expected = cases.bind(workload.module, workload)()[0]
-    torch.testing.assert_close(torch.as_tensor(call()[0]), expected, atol=1e-5, rtol=1e-5)
+def test_rivals_compute_the_same(name: str, case: cases.Case, cell: str, mode: str) -> None:
+    rival = next(rival for rival in rivals.RIVALS if rival.name == name)
+    if rival.absent():
+        pytest.skip(rival.absent() or "")
+    workload = cases.build_workload(case, cell, mode)
+    calls, skipped = run.bind_all([*OWN, rival], workload)
+    if name != "jax" and (mode == "training" or case.dtype == "bfloat16"):
+        assert "only" in skipped[name]
+        return
+    results = check.named(calls[name](), workload)
+    expected = check.named(calls["torch.nn"](), workload)
+    assert results.keys() == expected.keys()
+    tolerance = 1e-5 if case.dtype == "float32" else 0.05
+    for key, y in expected.items():
+        difference = (results[key].double() - y.double()).abs().max()
+        assert difference < tolerance * (1 + y.abs().max()), key
+    assert check.check(workload, calls)[name]["ok"]
 
 
-@pytest.fixture
-def rows() -> list[dict[str, Any]]:
-    """Returns a win, a loss and a red row."""
-    shared = {
+def test_jax_follows_the_number_of_threads() -> None:
+    pytest.importorskip("jax")
+    workload = cases.build_workload(TINY, "rnn", "inference")
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        output = rivals.make_jax(workload)()[0]
+        assert os.environ["NPROC"] == str(threads)
+        assert output.shape == (3, 2, 8)
+
+
+def test_what_a_rival_cannot_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    workload = cases.build_workload(TINY_PACKED, "gru", "inference")
+    with pytest.raises(cases.Unsupported, match="packed"):
+        onnx_rivals.onnx_feed(workload)
+
+    def refuse(_: cases.Workload) -> measure.Call:
+        raise cases.Unsupported("no time to")
+
+    picky = rivals.Rival("picky", refuse, lambda: None)
+    row = run.measure(TINY, "gru", "inference", quick=True, rivals=[*OWN, picky])
+    assert row["skipped"] == {"picky": "no time to"}
+    assert "picky: no time to" in "\n".join(run.lines(row))
+
+
+def test_unknown_base_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run.main(["--base", "no-such-revision"])
+    assert caught.value.code == 2
+    assert "no-such-revision" in capsys.readouterr().err
+
+
+def test_base_is_renamed_everywhere(tmp_path: Path) -> None:
+    (tmp_path / "fastrnn").mkdir()
+    (tmp_path / "fastrnn" / "ops.py").write_text("torch.ops.fastrnn.scan('fastrnn::scan')")
+    (tmp_path / "ops.cpp").write_text("STABLE_TORCH_LIBRARY(fastrnn, m) { FASTRNN_CELLS }")
+    base.rename(tmp_path)
+    renamed = (tmp_path / "fastrnn_base" / "ops.py").read_text()
+    assert renamed == "torch.ops.fastrnn_base.scan('fastrnn_base::scan')"
+    assert "(fastrnn_base, m) { FASTRNN_CELLS }" in (tmp_path / "ops.cpp").read_text()
+
+
+@pytest.mark.install
+@pytest.mark.skipif(environment.git("rev-parse", "HEAD") is None, reason="not a git checkout")
+def test_base_is_timed_beside_the_others() -> None:
+    if "native" not in environment.kernels():
+        pytest.skip("fastrnn was built without its native part")
+    with base.base_rival("HEAD") as earlier:
+        row = run.measure(TINY, "lstm", "training", quick=True, rivals=[*OWN, earlier])
+    assert row["parity"]["base"]["ok"], row["parity"]
+    assert row["results"]["base"]["peak_bytes"] > 0
+    assert rows.rivals_in(row) == ["torch.nn"]
+    assert "fastrnn_base" not in (environment.git("worktree", "list") or "")
+    assert hasattr(torch.ops.fastrnn_base, "scan")
+
+
+def result_row(
+    cell: str, torch_nn: float | None, jax: float | None = None, **changed: Any
+) -> dict[str, Any]:
+    """Return a row of a result file with these speed-ups of fastrnn; red without them."""
+    ratios = {name: ratio for name, ratio in (("torch.nn", torch_nn), ("jax", jax)) if ratio}
+    results = {"fastrnn": {"median": 2e-5, "peak_bytes": 100, "gemm_share": 0.9}} if ratios else {}
+    for name, ratio in ratios.items():
+        results[name] = {"median": 2e-5 * ratio, "peak_bytes": 100, "gemm_share": 0.5}
+    return {
         "device": "some CPU", "versions": {"torch": "2", "fastrnn": "1"}, "kernels": "native",
         "commit": "abc", "load": 0.25, "cores": 8,
-        "date": "2026-01-02T03:04:05+00:00", "case": "tiny", "shape": "T=3",
-        "mode": "training", "dtype": "float32", "threads": 1,
+        "date": "2026-01-02T03:04:05+00:00", "case": "tiny", "shape": "T=3", "sizes": {"B": 64},
+        "mode": "training", "dtype": "float32", "threads": 1, "cell": cell, "results": results,
+        "ratios": {n: {"median": r, "p20": 0.9 * r, "p80": 1.1 * r} for n, r in ratios.items()},
+        "speedup": torch_nn, "speedup_p20": torch_nn, "speedup_p80": torch_nn, **changed,
     }  # fmt: skip
-    result = []
-    for cell, speedup in (("lstm", 2.5), ("gru", 0.75), ("rnn", None)):
-        seconds = {"fastrnn": {"median": 2e-5}} if speedup else {}
-        spread = {
-            "speedup_p20": speedup and 0.9 * speedup,
-            "speedup_p80": speedup and 1.1 * speedup,
-        }
-        result.append({**shared, "cell": cell, "speedup": speedup, "results": seconds, **spread})
-    return result
 
 
-def test_table_shows_wins_losses_and_red(rows: list[dict[str, Any]]) -> None:
-    text = plot.table(rows)
-    assert "| tiny | T=3 | 20.0 µs, 2.50× | 20.0 µs, 0.75× | red |" in text
+def test_table_shows_wins_losses_and_red() -> None:
+    lost, won = result_row("gru", 0.75), result_row("gru", 3.0, case="second")
+    text = plot.table([result_row("lstm", 2.5, 1.25), lost, won, result_row("rnn", None)])
+    assert "| tiny | T=3 | 20.0 µs, 2.50× / 1.25× JAX | 20.0 µs, 0.75× | red |" in text
+    assert "| **geometric mean** |  | 2.50× / 1.25× | 1.50× / 1.50× |" in text
     assert (
         "some CPU, torch 2, fastrnn 1 (native), commit abc, 2026-01-02, load before 0.2 on 8 cores"
         in text
     )
 
 
-def test_picture_is_drawn(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_an_earlier_fastrnn_is_no_rival() -> None:
+    row = result_row("gru", 2.0, 1.5)
+    row["ratios"]["base"] = {"median": 0.5}
+    assert rows.best_rival(row) == "jax"
+    assert (rows.ratio(row), rows.ratio(row, "base"), rows.ratio(row, "nobody")) == (1.5, 0.5, None)
+
+
+def meeting_rows() -> list[dict[str, Any]]:
+    """Return rows of a file that meets every criterion."""
+    return [
+        result_row(cell, 4.0, 2.0, mode=mode, dtype=dtype)
+        for cell in cases.CELLS
+        for mode in cases.MODES
+        for dtype in cases.DTYPES
+    ]
+
+
+def judged(found: list[dict[str, Any]]) -> dict[str, bool | None]:
+    return {verdict.text: verdict.ok for verdict in criteria.judge(found)}
+
+
+def test_criteria_hold_or_fail_one_by_one() -> None:
+    good = meeting_rows()
+    assert set(judged(good).values()) == {True}
+
+    def failing(cell: str, mode: str, dtype: str, torch_nn: float | None, *rest: Any) -> set[str]:
+        changed = [r for r in good if (r["cell"], r["mode"], r["dtype"]) != (cell, mode, dtype)]
+        row = result_row(cell, torch_nn, *rest, mode=mode, dtype=dtype)
+        return {text for text, ok in judged([*changed, row]).items() if not ok}
+
+    loses_inference = "fp32 inference: best rival, every case >= 0.97"
+    assert loses_inference not in failing("gru", "inference", "float32", 9.0, 0.98)
+    assert loses_inference in failing("gru", "inference", "float32", 9.0, 0.96)
+    assert failing("lstm", "training", "float32", 1.2, 1.1) == {
+        "fp32 training: LSTM over torch.nn, mean >= 1.3"
+    }
+    assert "fp32 training: best rival, every case >= 0.97" in failing(
+        "rnn", "training", "float32", 9.0, 0.9
+    )
+    assert "bf16 training: RNN over torch.nn, mean >= 2.0" in failing(
+        "rnn", "training", "bfloat16", 1.9
+    )
+    assert "bf16: torch.nn, every case >= 1" in failing("gru", "inference", "bfloat16", 0.99)
+    # A red row fails all that is judged on every row.
+    assert loses_inference in failing("gru", "inference", "float32", None)
+    assert "peak memory at most torch.nn's, every row" in failing(
+        "gru", "inference", "float32", None
+    )
+
+
+def test_criteria_of_memory_and_of_the_peak() -> None:
+    found = meeting_rows()
+    found[0]["results"]["fastrnn"]["peak_bytes"] = 101
+    slow = next(r for r in found if (r["cell"], r["mode"]) == ("gru", "training"))
+    slow["results"]["fastrnn"]["gemm_share"] = 0.84
+    wrong = {text for text, ok in judged(found).items() if not ok}
+    assert wrong == {
+        "peak memory at most torch.nn's, every row",
+        "fp32 training: GRU, RNN from B=32, share of the GEMM peak >= 0.85",
+    }
+    slow["sizes"]["B"] = 31  # below, it does not matter
+    assert "GEMM" not in "".join(text for text, ok in judged(found).items() if ok is False)
+    assert None in judged([]).values()
+
+
+def test_criteria_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    rows.save(file, [*meeting_rows(), result_row("gru", 0.5, threads=2)])
+    assert criteria.main([str(file)]) == 1
+    text = capsys.readouterr().out
+    assert "openvino: absent, not compared with" in text
+    assert "FAILS  fp32 training: best rival, every case >= 0.97: lowest 0.50 (tiny gru" in text
+    rows.save(file, meeting_rows())
+    assert criteria.main([str(file)]) == 0
+
+
+def test_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "rows.json", tmp_path / "speedup.png"
-    rows.append({**rows[0], "dtype": "bfloat16", "mode": "inference"})
-    file.write_text(json.dumps(rows))
+    rows.save(file, [*meeting_rows(), result_row("rnn", None, case="red")])
     assert plot.main([str(file), "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -226,3 +456,119 @@ def test_unusable_result_files_are_named(
     file.write_text(content)
     assert plot.main([str(file), "--table"]) == 2
     assert str(file) in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shrinks what every sweep runs over."""
+    monkeypatch.setattr(sweep_layers, "PACKED_T", (20,))
+    monkeypatch.setattr(sweep_layers, "HIDDEN", range(1, 70))  # with --quick 1, 24, 47
+    monkeypatch.setattr(sweep_layers, "LENGTHS_T", (1, 5))
+    monkeypatch.setattr(sweep_layers, "LENGTHS_B", (2, 3))
+    monkeypatch.setattr(sweep_stream, "SIZES", (8, 12))
+
+
+@pytest.mark.usefixtures("small_sweeps")
+@pytest.mark.parametrize(
+    ("name", "points", "said"),
+    [
+        ("packed", 1, "packed at most 1.15 of padded"),
+        ("hidden", 12, "gru inference B=16: no H above 1.5"),
+        ("lengths", 8, "gru training against B"),
+        ("stream", 2, "fastrnn against torch.nn cell: at least"),
+    ],
+)
+def test_sweep(
+    name: str, points: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "points.json", tmp_path / "points.png"
+    words = ["--cell", "gru", "--quick", "--json", str(file), "--out", str(picture)]
+    assert sweep.main([name, *words]) == 0
+    written = json.loads(file.read_text())
+    assert len(written) == points
+    for row in written:
+        assert (row["sweep"], row["cell"], row["threads"], row["red"]) == (name, "gru", 1, None)
+        assert row["device"]
+        assert row["date"].endswith("+00:00")
+    assert said in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("small_sweeps")
+@pytest.mark.parametrize("name", sweep.SWEEPS)
+def test_sweep_does_not_time_wrong_numbers(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoilt(make: Any) -> Any:
+        def wrong(*arguments: Any) -> measure.Call:
+            call = make(*arguments)
+            return lambda: [result + 1e-3 for result in call()]
+
+        return wrong
+
+    monkeypatch.setattr(sweep_layers, "make_fastrnn", spoilt(rivals.make_fastrnn))
+    monkeypatch.setattr(sweep_stream, "step_of", spoilt(sweep_stream.step_of))
+    assert sweep.main([name, "--cell", "rnn", "--quick"]) == 1
+    out, err = capsys.readouterr()
+    assert "RED" in out
+    assert "red, not timed: rnn" in err
+
+
+def curve(seconds: list[float]) -> list[dict[str, Any]]:
+    return [{"median": value, "flops": 10} for value in seconds]
+
+
+def test_excess_finds_cliffs_and_holes() -> None:
+    assert sweep_layers.excess(curve([1, 1, 1, 1])) == [1, 1, 1, 1]
+    assert sweep_layers.excess(curve([1, 1, 2, 2])) == [1, 1, 2, 2]  # a cliff
+    assert sweep_layers.excess(curve([3, 1, 1])) == [3, 1, 1]  # slower than the next size
+    assert sweep_layers.excess(curve([1, 1, 1.2])) == pytest.approx([1, 1, 1.2])
+
+
+def test_hidden_measures_a_suspicious_point_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"cell": "gru", "mode": "inference", "B": 1, "flops": 10, "red": None, "quick": True}
+    found = [{**row, "H": H, "median": 9.0 if H == 2 else 1.0} for H in (1, 2, 3)]
+    monkeypatch.setattr(sweep_layers, "measure_hidden", lambda *_: {"median": 5.0})
+    text = sweep_layers.conclude_hidden(found)
+    assert [row["excess"] for row in found] == [1, 5, 1]
+    assert "FAILS" in text[0]
+    assert "highest 5.00 (H=2), above: 2" in text[0]
+    monkeypatch.setattr(sweep_layers, "measure_hidden", lambda *_: {"median": 1.0})
+    assert "holds" in sweep_layers.conclude_hidden(found)[0]
+
+
+def test_linear_fit() -> None:
+    assert sweep_layers.linear_fit([1, 2, 10], [5, 7, 23]) == pytest.approx((3, 2))
+    start, slope = sweep_layers.linear_fit([1, 2, 4], [1, 3, 9])  # would start below zero
+    assert start == 0
+    assert 1 < slope < 3
+
+
+def test_step_is_used_where_a_layer_has_it() -> None:
+    class Layer:
+        def __call__(self, input: Any, state: Any) -> Any:
+            return input + 1, state
+
+    class Stepping(Layer):
+        def step(self, input: Any, state: Any) -> Any:
+            return input + 2, state
+
+    workload = cases.build_workload(TINY_STREAM, "gru", "inference")
+    row, state = workload.input[0], workload.state
+    assert sweep_stream.step_of(Stepping(), workload)()[0].equal(row + 2)
+    assert sweep_stream.step_of(Layer(), workload)()[0].equal(row[None] + 1)
+    assert sweep_stream.step_of(Layer(), workload)()[1] is state
+
+
+def test_stream_times_quantized_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def quantize(layer: Any, weights: str) -> Any:
+        if weights == "int8":  # wrong
+            layer.weight_hh_l0.data.mul_(-5)
+        return layer
+
+    monkeypatch.setattr(fastrnn, "quantize", quantize, raising=False)
+    row = sweep_stream.measure("lstm", 16, True)
+    assert row["wrong"] == ["fastrnn int8"]
+    assert row["results"]["fastrnn bf16"]["floor"] > 0
+    assert "fastrnn int8   wrong numbers, not timed" in sweep_stream.line(row)

@@ -158,69 +158,86 @@ def test_functional_cell(name: str, wrong: str) -> None:
 # Operators
 
 
-def scan_arguments(cell: str) -> dict[str, Any]:
-    """Right arguments of ``scan`` for one group; see csrc/ops.cpp."""
-    rows = (4 if cell == "lstm" else 1) * H
+def layer_arguments(cell: str) -> dict[str, Any]:
+    """Right arguments of ``layer`` for one group; see csrc/ops.cpp."""
+    rows = GATES_OF[cell] * H
     return {
         "cell": cell,
-        "gates": torch.randn(T, B, 1, rows),
-        "weight_hh": torch.randn(1, rows, H),
-        "bias_ih": None,
-        "bias_hh": None,
-        "weight_hr": None,
+        "input": torch.randn(T, B, INPUT),
+        "weights": [
+            torch.randn(rows, INPUT), torch.randn(rows, H), torch.randn(rows), torch.randn(rows),
+        ],
         "h0": torch.zeros(1, B, H),
         "c0": torch.zeros(1, B, H) if cell == "lstm" else None,
         "batch_sizes": None,
+        "groups": 1,
         "direction": 0,
         "save": True,
-    }
+    }  # fmt: skip
+
+
+GATES_OF = {"rnn_tanh": 1, "lstm": 4, "gru": 3}
 
 
 def packed_sizes(*sizes: int) -> dict[str, Any]:
-    return {"gates": torch.zeros(5, 1, 4 * H), "batch_sizes": torch.tensor(sizes)}
+    return {"input": torch.zeros(5, INPUT), "batch_sizes": torch.tensor(sizes)}
 
 
-SCAN_CHANGES: dict[str, dict[str, Any]] = {
+def weights(**changes: Any) -> dict[str, Any]:
+    """The weights of a projected LSTM of 2 projected units, some of them changed."""
+    named = {
+        "ih": torch.zeros(4 * H, INPUT), "hh": torch.zeros(4 * H, 2), "b_ih": torch.zeros(4 * H),
+        "b_hh": torch.zeros(4 * H), "hr": torch.zeros(2, H),
+    }  # fmt: skip
+    return {"weights": list((named | changes).values()), "h0": torch.zeros(1, B, 2)}
+
+
+LAYER_CHANGES: dict[str, dict[str, Any]] = {
     "unknown cell": {"cell": "lstmm"},
     "empty cell name": {"cell": ""},
     "direction 3": {"direction": 3},
     "direction -1": {"direction": -1},
     "both directions of one group": {"direction": 2},
-    "gates 3-D": {"gates": torch.zeros(T, B, 4 * H)},
-    "gates 5-D": {"gates": torch.zeros(T, B, 1, 4, H)},
-    "gates 0-D": {"gates": torch.tensor(0.0)},
-    "gates width": {"gates": torch.zeros(T, B, 1, 4 * H + 1)},
-    "gates groups": {"gates": torch.zeros(T, B, 2, 4 * H)},
-    "gates no steps": {"gates": torch.zeros(0, B, 1, 4 * H)},
-    "gates int": {"gates": torch.zeros(T, B, 1, 4 * H, dtype=torch.int64)},
-    "gates complex": {"gates": torch.zeros(T, B, 1, 4 * H, dtype=torch.complex64)},
-    "gates float64": {"gates": torch.zeros(T, B, 1, 4 * H, dtype=torch.float64)},
-    "gates strided": {"gates": torch.zeros(B, T, 1, 4 * H).transpose(0, 1)},
-    "gates expanded": {"gates": torch.zeros(1, B, 1, 4 * H).expand(T, -1, -1, -1)},
-    "gates sparse": {"gates": torch.zeros(T, B, 1, 4 * H).to_sparse()},
-    "weight 2-D": {"weight_hh": torch.zeros(4 * H, H)},
-    "weight rows": {"weight_hh": torch.zeros(1, 4 * H + 1, H)},
-    "weight columns": {"weight_hh": torch.zeros(1, 4 * H, H - 1)},
-    "weight empty": {"weight_hh": torch.zeros(0, 4 * H, H)},
-    "weight no units": {"weight_hh": torch.zeros(1, 0, 0)},
-    "weight groups": {"weight_hh": torch.zeros(2, 4 * H, H)},
-    "weight bfloat16": {"weight_hh": torch.zeros(1, 4 * H, H, dtype=torch.bfloat16)},
-    "weight transposed": {"weight_hh": torch.zeros(1, H, 4 * H).transpose(1, 2)},
-    "bias_ih width": {"bias_ih": torch.zeros(1, H)},
-    "bias_hh groups": {"bias_hh": torch.zeros(2, 4 * H)},
-    "bias_hh float64": {"bias_hh": torch.zeros(1, 4 * H, dtype=torch.float64)},
-    "weight_hr shape": {"weight_hr": torch.zeros(1, 2, H)},
-    "weight_hr 2-D": {"weight_hh": torch.zeros(1, 4 * H, 2), "weight_hr": torch.zeros(2, H)},
+    "no groups": {"groups": 0},
+    "negative groups": {"groups": -1},
+    "three groups": {"groups": 3},
+    "two groups of two": {"groups": 2},
+    "no weights": {"weights": []},
+    "one weight": {"weights": [torch.zeros(4 * H, INPUT)]},
+    "input 1-D": {"input": torch.zeros(INPUT)},
+    "input 2-D": {"input": torch.zeros(B, INPUT)},
+    "input 4-D": {"input": torch.zeros(T, B, 1, INPUT)},
+    "input 0-D": {"input": torch.tensor(0.0)},
+    "input width": {"input": torch.zeros(T, B, INPUT + 1)},
+    "input no steps": {"input": torch.zeros(0, B, INPUT)},
+    "input int": {"input": torch.zeros(T, B, INPUT, dtype=torch.int64)},
+    "input complex": {"input": torch.zeros(T, B, INPUT, dtype=torch.complex64)},
+    "input float64": {"input": torch.zeros(T, B, INPUT, dtype=torch.float64)},
+    "input sparse": {"input": torch.zeros(T, B, INPUT).to_sparse()},
+    "weight_ih 1-D": weights(ih=torch.zeros(4 * H)),
+    "weight_ih rows": weights(ih=torch.zeros(4 * H - 1, INPUT)),
+    "weight_ih columns": weights(ih=torch.zeros(4 * H, INPUT - 1)),
+    "weight_hh 3-D": weights(hh=torch.zeros(1, 4 * H, 2)),
+    "weight_hh rows": weights(hh=torch.zeros(4 * H + 1, 2)),
+    "weight_hh columns": weights(hh=torch.zeros(4 * H, 1)),
+    "weight_hh empty": weights(hh=torch.zeros(0, 2)),
+    "weight_hh no columns": weights(hh=torch.zeros(4 * H, 0)),
+    "weight_hh bfloat16": weights(hh=torch.zeros(4 * H, 2, dtype=torch.bfloat16)),
+    "weight_hh sparse": weights(hh=torch.zeros(4 * H, 2).to_sparse()),
+    "bias_ih width": weights(b_ih=torch.zeros(H)),
+    "bias_hh 2-D": weights(b_hh=torch.zeros(1, 4 * H)),
+    "bias_hh float64": weights(b_hh=torch.zeros(4 * H, dtype=torch.float64)),
+    "weight_hr shape": weights(hr=torch.zeros(3, H)),
+    "weight_hr 3-D": weights(hr=torch.zeros(1, 2, H)),
     "h0 batch": {"h0": torch.zeros(1, B - 1, H)},
     "h0 width": {"h0": torch.zeros(1, B, H - 1)},
     "h0 groups": {"h0": torch.zeros(2, B, H)},
     "h0 2-D": {"h0": torch.zeros(B, H)},
     "h0 float64": {"h0": torch.zeros(1, B, H, dtype=torch.float64)},
-    "h0 expanded": {"h0": torch.zeros(1, 1, H).expand(1, B, H)},
     "c0 batch": {"c0": torch.zeros(1, B + 1, H)},
     "c0 width": {"c0": torch.zeros(1, B, 1)},
     "c0 half": {"c0": torch.zeros(1, B, H, dtype=torch.float16)},
-    "sizes with dense gates": {"batch_sizes": torch.tensor([2, 2, 2])},
+    "sizes with dense input": {"batch_sizes": torch.tensor([2, 2, 2])},
     "sizes short": packed_sizes(2, 2),
     "sizes long": packed_sizes(2, 2, 2),
     "sizes increasing": packed_sizes(2, 1, 2),
@@ -240,88 +257,83 @@ SCAN_CHANGES: dict[str, dict[str, Any]] = {
 
 @needs_native
 def test_right_arguments_are_accepted() -> None:
-    assert torch.ops.fastrnn.scan(**scan_arguments("lstm"))[0].shape == (T, B, 1, H)
-    packed = scan_arguments("lstm") | packed_sizes(2, 2, 1)
-    assert torch.ops.fastrnn.scan(**packed)[0].shape == (5, 1, H)
+    assert torch.ops.fastrnn.layer(**layer_arguments("lstm"))[0].shape == (T, B, H)
+    packed = layer_arguments("lstm") | packed_sizes(2, 2, 1)
+    assert torch.ops.fastrnn.layer(**packed)[0].shape == (5, H)
+    assert torch.ops.fastrnn.layer(**(layer_arguments("lstm") | weights()))[0].shape == (T, B, 2)
     given = backward_arguments("lstm")
-    assert torch.ops.fastrnn.scan_backward(**given)[0].shape == (T, B, 1, 4 * H)
+    assert torch.ops.fastrnn.layer_backward(**given)[0].shape == (T, B, INPUT)
 
 
 @needs_native
-@pytest.mark.parametrize("wrong", SCAN_CHANGES)
-def test_scan_refuses(wrong: str) -> None:
-    given = scan_arguments("lstm") | SCAN_CHANGES[wrong]
+@pytest.mark.parametrize("wrong", LAYER_CHANGES)
+def test_layer_refuses(wrong: str) -> None:
+    given = layer_arguments("lstm") | LAYER_CHANGES[wrong]
     with pytest.raises((RuntimeError, NotImplementedError), match="fastrnn"):
-        torch.ops.fastrnn.scan(**given)
+        torch.ops.fastrnn.layer(**given)
 
 
 @needs_native
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"c0": torch.zeros(1, B, H)},
-        {"weight_hh": torch.zeros(1, H, 2), "weight_hr": torch.zeros(1, 2, H)},
-    ],
-)
-def test_scan_refuses_what_a_cell_has_not(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("change", [{"c0": torch.zeros(1, B, H)}, weights()])
+def test_layer_refuses_what_a_cell_has_not(change: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="fastrnn"):
-        torch.ops.fastrnn.scan(**(scan_arguments("rnn_tanh") | change))
+        torch.ops.fastrnn.layer(**(layer_arguments("rnn_tanh") | change))
 
 
 def backward_arguments(cell: str) -> dict[str, Any]:
-    """Right arguments of ``scan_backward``, from a real forward pass."""
-    given = scan_arguments(cell)
-    output, h_n, c_n, cells, saved = torch.ops.fastrnn.scan(**given)
-    kept = ("cell", "weight_hh", "weight_hr", "h0", "c0", "batch_sizes", "direction")
+    """Right arguments of ``layer_backward``, from a real forward pass."""
+    given = layer_arguments(cell)
+    output, h_n, c_n, cells, saved = torch.ops.fastrnn.layer(**given)
+    del given["save"]
     results = {"output": output, "cells": cells, "saved": saved}
     incoming = {"doutput": torch.ones_like(output), "dh_n": torch.ones_like(h_n), "dc_n": None}
     if cell == "lstm":
         incoming["dc_n"] = torch.ones_like(c_n)
-    wanted = {"needs_dh0": True, "needs_dc0": cell == "lstm"}
-    return {key: given[key] for key in kept} | results | incoming | wanted
+    return given | results | incoming | {"wanted": [1, 1, int(cell == "lstm"), 1, 1, 1, 1]}
 
 
 BACKWARD_CHANGES: dict[str, dict[str, Any]] = {
     "unknown cell": {"cell": "peephole"},
     "direction": {"direction": 7},
-    "output width": {"output": torch.zeros(T, B, 1, H + 1)},
-    "output 3-D": {"output": torch.zeros(T, B, H)},
-    "output strided": {"output": torch.zeros(T, B, 1, 2 * H)[..., ::2]},
-    "output no steps": {"output": torch.zeros(0, B, 1, H)},
-    "doutput steps": {"doutput": torch.zeros(T - 1, B, 1, H)},
-    "doutput expanded": {"doutput": torch.zeros(1, 1, 1, 1).expand(T, B, 1, H)},
-    "doutput float64": {"doutput": torch.zeros(T, B, 1, H, dtype=torch.float64)},
+    "groups": {"groups": 2},
+    "input steps": {"input": torch.zeros(T + 1, B, INPUT)},
+    "input width": {"input": torch.zeros(T, B, INPUT + 1)},
+    "input float64": {"input": torch.zeros(T, B, INPUT, dtype=torch.float64)},
+    "output width": {"output": torch.zeros(T, B, H + 1)},
+    "output 4-D": {"output": torch.zeros(T, B, 1, H)},
+    "output no steps": {"output": torch.zeros(0, B, H)},
+    "doutput steps": {"doutput": torch.zeros(T - 1, B, H)},
+    "doutput float64": {"doutput": torch.zeros(T, B, H, dtype=torch.float64)},
     "dh_n batch": {"dh_n": torch.zeros(1, B + 1, H)},
     "dc_n width": {"dc_n": torch.zeros(1, B, H + 1)},
     "cells missing": {"cells": torch.zeros(0)},
-    "cells steps": {"cells": torch.zeros(T - 1, B, 1, H)},
-    "cells half": {"cells": torch.zeros(T, B, 1, H, dtype=torch.float16)},
+    "cells steps": {"cells": torch.zeros(1, (T - 1) * B, H)},
+    "cells half": {"cells": torch.zeros(1, T * B, H, dtype=torch.float16)},
     "saved missing": {"saved": torch.zeros(0)},
-    "saved width": {"saved": torch.zeros(T, B, 1, H)},
-    "saved steps": {"saved": torch.zeros(T + 1, B, 1, 4 * H)},
-    "weight shape": {"weight_hh": torch.zeros(1, 4 * H, H + 1)},
-    "weight bfloat16": {"weight_hh": torch.zeros(1, 4 * H, H, dtype=torch.bfloat16)},
-    "weight_hr for no projection": {"weight_hr": torch.zeros(1, 2, H)},
+    "saved width": {"saved": torch.zeros(1, T * B, H)},
+    "saved steps": {"saved": torch.zeros(1, (T + 1) * B, 4 * H)},
+    "weights": {"weights": [torch.zeros(4 * H, INPUT), torch.zeros(4 * H, H + 1)]},
     "h0 batch": {"h0": torch.zeros(1, 1, H)},
     "c0 batch": {"c0": torch.zeros(1, 1, H)},
     "sizes with dense data": {"batch_sizes": torch.tensor([2, 2, 2])},
-    "sizes short": {
-        "output": torch.zeros(6, 1, H),
-        "batch_sizes": torch.tensor([2, 2]),
-    },
+    "sizes short": {"input": torch.zeros(6, INPUT), "batch_sizes": torch.tensor([2, 2])},
+    "wanted short": {"wanted": [1, 1, 1]},
+    "wanted long": {"wanted": [1] * 8},
 }
 
 
 @needs_native
 @pytest.mark.parametrize("wrong", BACKWARD_CHANGES)
-def test_scan_backward_refuses(wrong: str) -> None:
+def test_layer_backward_refuses(wrong: str) -> None:
     given = backward_arguments("lstm") | BACKWARD_CHANGES[wrong]
     with pytest.raises(RuntimeError, match="fastrnn"):
-        torch.ops.fastrnn.scan_backward(**given)
+        torch.ops.fastrnn.layer_backward(**given)
 
 
 @needs_native
-@pytest.mark.parametrize("change", [{"c0": torch.zeros(1, B, H)}, {"needs_dc0": True}])
-def test_scan_backward_refuses_what_a_cell_has_not(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"c0": torch.zeros(1, B, H)}, {"wanted": [1, 1, 1, 1, 1, 1, 1]}]
+)
+def test_layer_backward_refuses_what_a_cell_has_not(change: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="fastrnn"):
-        torch.ops.fastrnn.scan_backward(**(backward_arguments("rnn_tanh") | change))
+        torch.ops.fastrnn.layer_backward(**(backward_arguments("rnn_tanh") | change))

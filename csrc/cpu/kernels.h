@@ -36,10 +36,31 @@ struct PassKernels {
   void (*run)(const Args&, const CpuPlan&, char* scratch, const Share&);
 };
 
+// result [rows, columns] (compute dtype) = input [rows, K] * weight [columns, K]^T, of few rows.
+struct LinearArgs {
+  Dtype dtype;
+  WeightType weight_type;
+  const void *input, *weight, *scale;  // scale: float [columns], kInt8 only, else null
+  void* result;
+  int64_t rows, columns, K;
+};
+
+constexpr int64_t kMaxLinearRows = 4;   // rows of an input product that reads the weights where they lie
+constexpr int64_t kLinearBlock = 32;    // columns of it that one call computes
+constexpr int64_t kLinearChunk = 1024;  // k of it whose inputs lie in L1: 4 rows, 16 KiB
+constexpr int64_t kSumRows = 64;        // rows of a partial sum
+
 struct CpuKernels {
   const char* isa;
   PassKernels<ScanArgs> forward;
   PassKernels<ScanBackwardArgs> backward;
+  // linear.inl
+  void (*to_float)(Dtype, const void* source, float* target, int64_t count);
+  void (*from_float)(Dtype, const float* source, void* target, int64_t count);
+  void (*linear)(const LinearArgs&, int64_t begin, int64_t end);
+  void (*add)(bool is_double, const void* source, void* target, int64_t count);
+  void (*sum_rows)(bool is_double, const void* source, void* sums, int64_t rows, int64_t stride, int64_t begin,
+                   int64_t end);
 };
 
 const CpuKernels& kernels_base();

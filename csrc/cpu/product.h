@@ -4,6 +4,7 @@
 // Work       packed: register tiles of up to kMaxRows rows and a few pairs of column vectors; K is cut so that the
 //            weights of a tile stay in L1 while all rows pass over them. Direct: one vector of units at a time
 // Memory     a tile's sums in registers; every weight is read once per run and, from L1, once per tile of rows
+// Requires   scratch and sums aligned to the vector; panels hold K elements a row, weights their [gates, units, K]
 // Order      packed: k ascending, one accumulator, so that a result depends neither on the tile nor on the other rows.
 //            Direct: kLanes partial sums over k, then their sum in a fixed tree
 //
@@ -218,42 +219,50 @@ void product(const S* panel, int64_t stride, int64_t rows, const S* packed, cons
   }
 }
 
-// sums as of `product`, from weight [gates, units, K] where it lies.
-template <class T>
-void product_direct(const Compute<T>* panel, int64_t stride, int64_t rows, const T* weight, const PackedShape& s,
-                    int64_t begin, int64_t end, Compute<T>* sums) {
-  using S = Compute<T>;
+// The products of kLanes rows of weights of type W, K long, with one x, each in its lane.
+template <class W, class S>
+FASTRNN_INLINE Vec<S> dot_lanes(const W* const* row, const S* x, int64_t K) {
   using V = Vec<S>;
   constexpr int kLanes = V::kLanes;
+  const int64_t whole = K / kLanes * kLanes;
+  V sum[kLanes];
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes; ++lane) sum[lane] = V(S(0));
+  for (int64_t k = 0; k < whole; k += kLanes) {
+    const V now = load(x + k, kLanes);
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(load(row[lane] + k, kLanes), now, sum[lane]);
+  }
+  if (whole < K) {
+    const int rest = static_cast<int>(K - whole);
+    const V now = load(x + whole, rest);
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(load(row[lane] + whole, rest), now, sum[lane]);
+  }
+  transpose<S>(sum);
+#pragma GCC unroll 4
+  for (int n = kLanes / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) sum[i] = sum[i] + sum[i + n];
+  return sum[0];
+}
+
+// sums as of `product`, from weight [gates, units, K] where it lies; scale [gates, units]: a factor of each row, or
+// null.
+template <class W, class S>
+void product_direct(const S* panel, int64_t stride, int64_t rows, const W* weight, const S* scale, const PackedShape& s,
+                    int64_t begin, int64_t end, S* sums) {
+  constexpr int kLanes = Vec<S>::kLanes;
   const int64_t vectors = s.vectors_in(begin, end), row_sums = s.columns(begin, end) * kLanes;
-  const int64_t whole = s.K / kLanes * kLanes;
-  const int rest = static_cast<int>(s.K - whole);
   for (int64_t column = 0; column < vectors * s.gates; ++column) {
     const int64_t g = column % s.gates, j = (s.first_vector(begin) + column / s.gates) * kLanes;
-    const T* row[kLanes];
+    const W* row[kLanes];
     for (int lane = 0; lane < kLanes; ++lane)  // behind the last unit: that unit again
       row[lane] = weight + (g * s.units + (j + lane < s.units ? j + lane : s.units - 1)) * s.K;
-    for (int64_t b = 0; b < rows; ++b) {
-      const S* h = panel + b * stride;
-      V sum[kLanes];
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kLanes; ++lane) sum[lane] = V(S(0));
-      for (int64_t k = 0; k < whole; k += kLanes) {
-        const V x = load(h + k, kLanes);
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(load(row[lane] + k, kLanes), x, sum[lane]);
-      }
-      if (rest) {
-        const V x = load(h + whole, rest);
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(load(row[lane] + whole, rest), x, sum[lane]);
-      }
-      transpose<S>(sum);
-      for (int n = kLanes / 2; n > 0; n /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < n; ++i) sum[i] = sum[i] + sum[i + n];
-      store(sums + b * row_sums + column * kLanes, sum[0], kLanes);
-    }
+    const int n = s.units - j < kLanes ? static_cast<int>(s.units - j) : kLanes;
+    const Vec<S> factor = scale ? load(scale + g * s.units + j, n) : Vec<S>(S(1));
+    for (int64_t b = 0; b < rows; ++b)
+      store(sums + b * row_sums + column * kLanes, factor * dot_lanes(row, panel + b * stride, s.K), kLanes);
   }
 }
 

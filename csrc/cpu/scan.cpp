@@ -41,7 +41,7 @@ const CpuKernels* find(const std::string& name) {
   throw std::invalid_argument("CPU instruction set '" + name + "' is not available here. Available: " + known);
 }
 
-std::atomic<const CpuKernels*>& active() {
+std::atomic<const CpuKernels*>& current_kernels() {
   static std::atomic<const CpuKernels*> kernels{[] {
     const char* name = std::getenv("FASTRNN_CPU_ISA");
     return name && *name ? find(name) : isas().back();
@@ -63,7 +63,8 @@ constexpr int64_t kMaxDirectRows = 1, kMaxDirectSteps = 2, kMaxDirectStepRows = 
 template <class Args>
 CpuPlan choose(const PassKernels<Args>& kernels, const ScanShape& a) {
   CpuPlan plan;
-  plan.packed = a.B > kMaxDirectRows && (a.T > kMaxDirectSteps || a.B > kMaxDirectStepRows);
+  plan.packed = a.weight_type == WeightType::kStorage && a.B > kMaxDirectRows &&
+                (a.T > kMaxDirectSteps || a.B > kMaxDirectStepRows);
   const int64_t step = a.B * kCells[static_cast<int>(a.cell)].gates * a.H * a.P;  // of the longest step of a group
   const int64_t work = step / std::max<int64_t>(a.B, 1) * a.N * a.D;
   const int64_t useful = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / kMinWorkPerThread);
@@ -145,13 +146,15 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
-std::string cpu_isa() { return active().load()->isa; }
+std::string cpu_isa() { return cpu_kernels().isa; }
 
-void set_cpu_isa(const std::string& name) { active() = find(name); }
+void set_cpu_isa(const std::string& name) { current_kernels() = find(name); }
 
-void scan_cpu(const ScanArgs& args, const AllocateScratch& allocate) { run(active().load()->forward, args, allocate); }
+const CpuKernels& cpu_kernels() { return *current_kernels().load(); }
+
+void scan_cpu(const ScanArgs& args, const AllocateScratch& allocate) { run(cpu_kernels().forward, args, allocate); }
 void scan_cpu(const ScanBackwardArgs& args, const AllocateScratch& allocate) {
-  run(active().load()->backward, args, allocate);
+  run(cpu_kernels().backward, args, allocate);
 }
 
 }  // namespace fastrnn

@@ -8,6 +8,7 @@
 // Order      none between ranges of rows; a barrier after every step between ranges of units; every sum runs in an
 //            order that the division of the work does not change
 #include <cstddef>
+#include <type_traits>
 
 #include "kernels.h"
 #include "product.h"
@@ -146,9 +147,9 @@ struct Forward {
     const ForwardScratch<S> s(a, p, G, scratch);
     const int64_t d = index % a.D, block = index / a.D;
     if (block < s.hh.blocks())
-      pack_rows(at<T>(a.weight_hh, d * G * a.H * a.P), s.hh, block, s.packed_hh + d * s.hh.size());
+      pack_rows(static_cast<const T*>(a.weight_hh[d]), s.hh, block, s.packed_hh + d * s.hh.size());
     else
-      pack_rows(at<T>(a.weight_hr, d * a.P * a.H), s.hr, block - s.hh.blocks(), s.packed_hr + d * s.hr.size());
+      pack_rows(static_cast<const T*>(a.weight_hr[d]), s.hr, block - s.hh.blocks(), s.packed_hr + d * s.hr.size());
   }
 
   static void run(const ScanArgs& args, const CpuPlan& p, char* scratch, const Share& share) {
@@ -167,6 +168,7 @@ struct Forward {
   Forward(const ScanArgs& args, const CpuPlan& p, char* scratch, const Share& part)
       : a(args), plan(p), share(part), s(args, p, G, scratch), d(part.d), units(s.hh, part) {}
 
+  T* output_row(int64_t t, int64_t b) const { return at<T>(a.output, (a.row(t, b) * a.D + d) * a.P); }
   S* h_row(int panel, int64_t b) const { return s.h[panel] + (d * a.B + b) * s.h_stride; }
   S* c_row(int64_t b) const { return s.c + (d * a.B + b) * s.c_stride; }
   S* m_row(int64_t b) const { return s.m + (d * a.B + b) * s.c_stride; }
@@ -181,12 +183,12 @@ struct Forward {
       if (n == share.b_begin) continue;
       if (share.team) share.team->barrier();  // every unit of h[now] is there, and nobody reads h[1 - now] any more
       runs(s.hh, units.begin, units.end, share.b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
-        multiply(h_row(now, b), s.h_stride, rows, a.weight_hh, s.packed_hh, s.hh, begin, end);
+        multiply_hh(h_row(now, b), rows, begin, end);
         cell_run(t, b, rows, begin, end);
       });
       if (a.projected)
         runs(s.hr, 0, s.hr.blocks(), share.b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
-          multiply(m_row(b), s.c_stride, rows, a.weight_hr, s.packed_hr, s.hr, begin, end);
+          multiply(m_row(b), s.c_stride, rows, a.weight_hr[d], s.packed_hr, s.hr, begin, end);
           projection_run(t, b, rows, begin, end);
         });
       now = 1 - now;
@@ -194,13 +196,25 @@ struct Forward {
     for (; n > share.b_begin; --n) leave(n - 1);
   }
 
+  void multiply_hh(const S* panel, int64_t rows, int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<T, float>) {
+      const auto direct = [&](auto type, const float* scale) {
+        product_direct(panel, s.h_stride, rows, static_cast<const decltype(type)*>(a.weight_hh[d]), scale, s.hh, begin,
+                       end, sums.data);
+      };
+      if (a.weight_type == WeightType::kBFloat16) return direct(BFloat16(), nullptr);
+      if (a.weight_type == WeightType::kInt8) return direct(Int8(), a.scale_hh[d]);
+    }
+    multiply(panel, s.h_stride, rows, a.weight_hh[d], s.packed_hh, s.hh, begin, end);
+  }
+
   void multiply(const S* panel, int64_t stride, int64_t rows, const void* weight, const S* packed,
                 const PackedShape& shape, int64_t begin, int64_t end) {
     if (plan.packed)
       product(panel, stride, rows, packed + d * shape.size(), shape, begin, end, sums.data);
     else
-      product_direct(panel, stride, rows, at<T>(weight, d * shape.gates * shape.units * shape.K), shape, begin, end,
-                     sums.data);
+      product_direct(panel, stride, rows, static_cast<const T*>(weight), static_cast<const S*>(nullptr), shape, begin,
+                     end, sums.data);
   }
 
   void enter(int64_t b) {
@@ -215,8 +229,8 @@ struct Forward {
     if (Cell::kHasC) copy_row<T, S>(c_row(b), units, at<T>(a.c_n, (d * a.B + b) * a.H));
   }
 
-  V bias_of(const void* bias, int k, int64_t j, int n) const {
-    return bias ? load(at<T>(bias, (d * G + k) * a.H + j), n) : V(S(0));
+  V bias_of(const void* const* bias, int k, int64_t j, int n) const {
+    return bias ? load(static_cast<const T*>(bias[d]) + k * a.H + j, n) : V(S(0));
   }
 
   void cell_run(int64_t t, int64_t b0, int64_t rows, int64_t begin, int64_t end) {
@@ -234,9 +248,9 @@ struct Forward {
           bias_own[k - (G - R)] = recurrent;
       }
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t b = b0 + i, row = a.row(t, b) * a.D + d;
+        const int64_t b = b0 + i, row = d * a.N + a.row(t, b);
         V x[G], r[G], saved[A + 1];
-        const T* gates = at<T>(a.gates, row * G * a.H + j);
+        const S* gates = at<S>(a.gates, row * G * a.H + j);
         for (int k = 0; k < G; ++k) {
           x[k] = load(gates + k * a.H, n) + bias[k];
           r[k] = load(sums.data + i * row_sums + (u * G + k) * kLanes, kLanes);
@@ -254,7 +268,7 @@ struct Forward {
         if (a.projected)
           store(m_row(b) + j, h, kLanes);
         else
-          store(h_row(1 - now, b) + j, store(at<T>(a.output, row * a.H + j), h, n), kLanes);
+          store(h_row(1 - now, b) + j, store(output_row(t, b) + j, h, n), kLanes);
       }
     }
   }
@@ -263,14 +277,15 @@ struct Forward {
     const int64_t vectors = s.hr.vectors_in(begin, end), row_sums = s.hr.columns(begin, end) * kLanes;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t u = 0; u < vectors; ++u) {
-        const int64_t b = b0 + i, row = a.row(t, b) * a.D + d, j = (s.hr.first_vector(begin) + u) * kLanes;
+        const int64_t b = b0 + i, j = (s.hr.first_vector(begin) + u) * kLanes;
         const int n = a.P - j < kLanes ? static_cast<int>(a.P - j) : kLanes;
         const V h = load(sums.data + i * row_sums + u * kLanes, kLanes);
-        store(h_row(1 - now, b) + j, store(at<T>(a.output, row * a.P + j), h, n), kLanes);
+        store(h_row(1 - now, b) + j, store(output_row(t, b) + j, h, n), kLanes);
       }
   }
 };
 
+#include "linear.inl"
 #include "scan_backward.inl"
 
 // Calls f<Cell, T>() for the cell and dtype of a shape.
@@ -324,8 +339,14 @@ constexpr PassKernels<Args> pass_kernels() {
 }  // namespace
 
 const CpuKernels& kernels() {
-  static const CpuKernels table = {FASTRNN_ISA_NAME, pass_kernels<Forward, ScanArgs>(),
-                                   pass_kernels<Backward, ScanBackwardArgs>()};
+  static const CpuKernels table = {FASTRNN_ISA_NAME,
+                                   pass_kernels<Forward, ScanArgs>(),
+                                   pass_kernels<Backward, ScanBackwardArgs>(),
+                                   to_float,
+                                   from_float,
+                                   linear,
+                                   add,
+                                   sum_rows};
   return table;
 }
 

@@ -1,5 +1,3 @@
-#include <type_traits>
-
 #define FASTRNN_ISA isa_avx2
 #define FASTRNN_ISA_NAME "avx2"
 #include "scan.inl"

@@ -1,5 +1,3 @@
-#include <type_traits>
-
 #define FASTRNN_ISA isa_avx512
 #define FASTRNN_ISA_NAME "avx512"
 #include "scan.inl"

@@ -20,9 +20,9 @@ struct Backward {
     const BackwardScratch<S> s(a, G, scratch);
     const int64_t d = index % a.D, block = index / a.D;
     if (block < s.hh.blocks())
-      pack_columns(at<T>(a.weight_hh, d * G * a.H * a.P), s.hh, block, s.packed_hh + d * s.hh.size());
+      pack_columns(static_cast<const T*>(a.weight_hh[d]), s.hh, block, s.packed_hh + d * s.hh.size());
     else
-      pack_columns(at<T>(a.weight_hr, d * a.P * a.H), s.hr, block - s.hh.blocks(), s.packed_hr + d * s.hr.size());
+      pack_columns(static_cast<const T*>(a.weight_hr[d]), s.hr, block - s.hh.blocks(), s.packed_hr + d * s.hr.size());
   }
 
   static void run(const ScanBackwardArgs& args, const CpuPlan&, char* scratch, const Share& share) {
@@ -128,11 +128,11 @@ struct Backward {
   // The whole gradient of the projected h: from the next step (or h_n, for a row that enters) and from the output.
   void projected_run(int64_t t, int64_t b0, int64_t rows, int64_t begin, int64_t end, bool multiplied) {
     for_vectors(s.hh, begin, end, rows, [&](int64_t i, int64_t j, int n, V product) {
-      const int64_t b = b0 + i, row = a.row(t, b) * a.D + d;
+      const int64_t b = b0 + i, row = a.row(t, b);
       V dp = multiplied ? product : load(dp_row(b) + j, n);
-      if (a.doutput) dp = dp + load(at<T>(a.doutput, row * a.P + j), n);
+      if (a.doutput) dp = dp + load(at<T>(a.doutput, (row * a.D + d) * a.P + j), n);
       store(dp_row(b) + j, dp, kLanes);
-      store(at<T>(a.dprojected, row * a.P + j), dp, n);
+      store(at<S>(a.dprojected, (d * a.N + row) * a.P + j), dp, n);
     });
   }
 
@@ -141,38 +141,38 @@ struct Backward {
     const int64_t t_before = a.reversed(d) ? t + 1 : t - 1;
     const int64_t active_before = t_before >= 0 && t_before < a.T ? a.active(t_before) : 0;
     for_vectors(shape, begin, end, rows, [&](int64_t i, int64_t j, int n, V product) {
-      const int64_t b = b0 + i, row = a.row(t, b) * a.D + d;
+      const int64_t b = b0 + i, data_row = a.row(t, b), row = d * a.N + data_row;
       const bool first = b >= active_before;
-      const int64_t before = first ? 0 : a.row(t_before, b) * a.D + d;
+      const int64_t row_before = first ? 0 : a.row(t_before, b);
       V saved[A + 1], dx[G], dr[R + 1];
       for (int k = 0; k < A; ++k) saved[k] = load(at<T>(a.saved, (row * A + k) * a.H + j), n);
       V h_before(S(0)), h_after(S(0)), c_before(S(0)), c_after(S(0));
       if (Cell::kHasC) {
         c_after = load(at<S>(a.cells, row * a.H + j), n);
         if (!first)
-          c_before = load(at<S>(a.cells, before * a.H + j), n);
+          c_before = load(at<S>(a.cells, (d * a.N + row_before) * a.H + j), n);
         else if (a.c0)
           c_before = load(at<T>(a.c0, (d * a.B + b) * a.H + j), n);
       } else {
-        h_after = load(at<T>(a.output, row * a.H + j), n);
+        h_after = load(at<T>(a.output, (data_row * a.D + d) * a.H + j), n);
         if (!first)
-          h_before = load(at<T>(a.output, before * a.H + j), n);
+          h_before = load(at<T>(a.output, (row_before * a.D + d) * a.H + j), n);
         else if (a.h0)
           h_before = load(at<T>(a.h0, (d * a.B + b) * a.H + j), n);
       }
       V dh = multiplied ? product : V(S(0)), dc = load(dc_row(b) + j, n);
       if (!a.projected) {
         dh = dh + load(dh_row(b) + j, n);
-        if (a.doutput) dh = dh + load(at<T>(a.doutput, row * a.H + j), n);
+        if (a.doutput) dh = dh + load(at<T>(a.doutput, (data_row * a.D + d) * a.H + j), n);
       }
       if constexpr (Cell::kHasC)
-        if (a.projected) store(at<T>(a.hidden, row * a.H + j), Cell::hidden(saved, c_after), n);
+        if (a.projected) store(at<S>(a.unprojected, row * a.H + j), Cell::hidden(saved, c_after), n);
       Cell::backward(saved, h_before, c_before, h_after, c_after, dh, dc, dx, dr);
       for (int k = 0; k < G; ++k) {
-        store(at<T>(a.dgates, (row * G + k) * a.H + j), dx[k], n);
+        store(at<S>(a.dgates, (row * G + k) * a.H + j), dx[k], n);
         store(dr_row(1 - now, b) + k * a.H + j, k < G - R ? dx[k] : dr[k - (G - R)], n);
       }
-      for (int k = 0; k < R; ++k) store(at<T>(a.drecurrent, (row * R + k) * a.H + j), dr[k], n);
+      for (int k = 0; k < R; ++k) store(at<S>(a.drecurrent, (row * R + k) * a.H + j), dr[k], n);
       store(dh_row(b) + j, dh, n);
       if (Cell::kHasC) store(dc_row(b) + j, dc, n);
     });

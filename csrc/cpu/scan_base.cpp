@@ -1,5 +1,3 @@
-#include <type_traits>
-
 #define FASTRNN_ISA isa_base
 #define FASTRNN_ISA_NAME "base"
 #include "scan.inl"

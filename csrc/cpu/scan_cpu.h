@@ -16,6 +16,9 @@ std::vector<std::string> cpu_isas();
 std::string cpu_isa();
 void set_cpu_isa(const std::string& name);  // throws std::invalid_argument
 
+struct CpuKernels;
+const CpuKernels& cpu_kernels();  // of the instruction set in use
+
 // Gives scratch memory of so many bytes, aligned to 64, that lives until the pass returns.
 using AllocateScratch = std::function<char*(size_t)>;
 

@@ -33,6 +33,9 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
+struct Int8 {  // weights only: loads as float
+  int8_t value;
+};
 
 template <class F>
 struct Raw;
@@ -125,6 +128,42 @@ struct StorageLanes<Half> {
 template <class T>
 using Lanes = typename StorageLanes<T>::Type;
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits set in the first n lanes.
+template <class Int>
+FASTRNN_INLINE __m256i first_lanes(int n) {
+  alignas(32) static constexpr Int kOnesThenZeros[2 * 32 / sizeof(Int)] = {-1,
+                                                                           -1,
+                                                                           -1,
+                                                                           -1,
+                                                                           sizeof(Int) == 4 ? Int(-1) : Int(0),
+                                                                           sizeof(Int) == 4 ? Int(-1) : Int(0),
+                                                                           sizeof(Int) == 4 ? Int(-1) : Int(0),
+                                                                           sizeof(Int) == 4 ? Int(-1) : Int(0)};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnesThenZeros + 32 / sizeof(Int) - n));
+}
+#endif
+
+template <>
+struct StorageLanes<Int8> {
+  typedef int8_t Type __attribute__((vector_size(kVectorBytes / 4)));
+};
+
+template <class T>
+FASTRNN_INLINE Lanes<T> load_one_by_one(const T* p, int n) {
+  T part[Vec<Compute<T>>::kLanes] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  Lanes<T> v;
+  __builtin_memcpy(&v, part, sizeof v);
+  return v;
+}
+template <class T>
+FASTRNN_INLINE void store_one_by_one(T* p, Lanes<T> v, int n) {
+  T part[Vec<Compute<T>>::kLanes];
+  __builtin_memcpy(part, &v, sizeof v);
+  for (int i = 0; i < n; ++i) p[i] = part[i];
+}
+
 template <class T>
 FASTRNN_INLINE Lanes<T> load_lanes(const T* p, int n) {
   Lanes<T> v;
@@ -139,12 +178,19 @@ FASTRNN_INLINE Lanes<T> load_lanes(const T* p, int n) {
     v = _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
   else if constexpr (sizeof(T) == 4)
     v = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
-  else
+  else if constexpr (sizeof(T) == 2)
     v = reinterpret_cast<Lanes<T>>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
+  else
+    v = reinterpret_cast<Lanes<T>>(_mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), p));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 8)
+    v = _mm256_maskload_pd(p, first_lanes<int64_t>(n));
+  else if constexpr (sizeof(T) == 4)
+    v = _mm256_maskload_ps(p, first_lanes<int32_t>(n));
+  else
+    v = load_one_by_one(p, n);
 #else
-  T part[kLanes] = {};
-  for (int i = 0; i < n; ++i) part[i] = p[i];
-  __builtin_memcpy(&v, part, sizeof v);
+  v = load_one_by_one(p, n);
 #endif
   return v;
 }
@@ -164,10 +210,15 @@ FASTRNN_INLINE void store_lanes(T* p, Lanes<T> v, int n) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), v);
   else
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), reinterpret_cast<__m256i>(v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 8)
+    _mm256_maskstore_pd(p, first_lanes<int64_t>(n), v);
+  else if constexpr (sizeof(T) == 4)
+    _mm256_maskstore_ps(p, first_lanes<int32_t>(n), v);
+  else
+    store_one_by_one(p, v, n);
 #else
-  T part[kLanes];
-  __builtin_memcpy(part, &v, sizeof v);
-  for (int i = 0; i < n; ++i) p[i] = part[i];
+  store_one_by_one(p, v, n);
 #endif
 }
 
@@ -180,6 +231,16 @@ FASTRNN_INLINE Lanes<double> narrow(Vec<double> v, double) { return v.raw; }
 using U16 = Lanes<BFloat16>;
 using U32 = Raw<float>::UInt;
 using F32 = Raw<float>::Type;
+
+FASTRNN_INLINE Vec<float> widen(Lanes<Int8> v, Int8) {
+#if defined(__AVX512F__)
+  return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(v))));
+#elif defined(__AVX2__)
+  return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(reinterpret_cast<long long>(v)))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(v, Raw<float>::Int), F32);
+#endif
+}
 
 FASTRNN_INLINE Vec<float> widen(U16 v, BFloat16) {
   return reinterpret_cast<F32>(__builtin_convertvector(v, U32) << 16);

@@ -1,0 +1,111 @@
+// Tensors of torch's stable ABI: allocation, views as matrices, matrix products, checks of what lies behind them.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "scan.h"
+
+namespace fastrnn {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+inline std::string text(const Sizes& sizes) {
+  std::string s = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
+  return s + "]";
+}
+
+inline Sizes sizes_of(const Tensor& t) {
+  Sizes sizes(static_cast<size_t>(t.dim()));
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = t.size(static_cast<int64_t>(i));
+  return sizes;
+}
+
+inline int64_t item_size(ScalarType dtype) {
+  return dtype == ScalarType::Double || dtype == ScalarType::Long ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+inline ScalarType compute_dtype(ScalarType storage) {
+  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// While set, every tensor made here begins as NaN (0xFF in every byte): for tests, which then see what was not written.
+inline std::atomic<bool>& poison() {
+  static std::atomic<bool> on{false};
+  return on;
+}
+
+// A new contiguous tensor on the CPU.
+inline Tensor make(const Sizes& sizes, ScalarType dtype) {
+  Sizes strides(sizes.size());
+  int64_t numel = 1;
+  for (size_t i = sizes.size(); i-- > 0;) strides[i] = numel, numel *= sizes[i];
+  const int32_t type = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                                       : aoti_torch_dtype_uint8();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), type, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  Tensor t(handle);
+  if (poison() && numel > 0)
+    std::memset(t.mutable_data_ptr(), 0xFF,
+                static_cast<size_t>(dtype == ScalarType::Byte ? numel : numel * item_size(dtype)));
+  return t;
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline OptionalTensor as_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(as_contiguous(*t)) : t; }
+
+// A matrix in the memory of a tensor, from element `offset` of it on.
+inline Tensor matrix(const Tensor& base, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
+                     int64_t offset) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(base.get(), 2, sizes, strides, offset, &handle));
+  return Tensor(handle);
+}
+
+// result (+)= a b, by torch's matrix product for the CPU.
+inline void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add = false) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(result.get(), result.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
+}
+
+// Refuses a tensor whose storage was cut short behind its back (storage.resize_, as FSDP frees parameters).
+inline void check_storage(const Tensor& t, const char* name) {
+  if (t.numel() == 0) return;
+  int64_t bytes = 0, offset = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  STD_TORCH_CHECK((offset + t.numel()) * item_size(t.scalar_type()) <= bytes, "fastrnn: the storage of ", name,
+                  " holds ", bytes, " bytes, fewer than its ", t.numel(), " elements");
+}
+
+// A tensor of these sizes and dtype on the CPU, contiguous.
+inline void check(const Tensor& t, const char* name, const Sizes& sizes, ScalarType dtype) {
+  STD_TORCH_CHECK(t.device().type() == DeviceType::CPU, "fastrnn: ", name, " must be on the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "fastrnn: ", name,
+                  " must have the dtype of the input (cells: its compute dtype)");
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(static_cast<int64_t>(i)) == sizes[i];
+  STD_TORCH_CHECK(same, "fastrnn: ", name, " must have shape ", text(sizes), ", got ", text(sizes_of(t)));
+  STD_TORCH_CHECK(t.is_contiguous(), "fastrnn: ", name, " must be contiguous");
+  check_storage(t, name);
+}
+
+}  // namespace fastrnn
