@@ -60,42 +60,47 @@ Step::Step(const std::string& cell, const std::string& dtype, const std::string&
   shape_.direction = Direction::kForward;
 }
 
-void Step::run(int64_t B, uintptr_t input, uintptr_t h, uintptr_t c, uintptr_t output, uintptr_t h_n,
+// gates [rows, G * H] = x [rows, K] * weight_ih^T, a few rows at a time
+void Step::input_product(const StepLayer& layer, const void* x, int64_t rows, int64_t K, char* gates) const {
+  const size_t item = shape_.dtype == Dtype::kDouble ? 8 : shape_.dtype == Dtype::kFloat ? 4 : 2;
+  const size_t compute = shape_.dtype == Dtype::kDouble ? 8 : 4;
+  const int64_t columns = kCells[static_cast<int>(shape_.cell)].gates * shape_.H;
+  const int64_t blocks = (columns + kLinearBlock - 1) / kLinearBlock;
+  for (int64_t r = 0; r < rows; r += kMaxLinearRows) {
+    const LinearArgs linear{shape_.dtype,
+                            shape_.weight_type,
+                            static_cast<const char*>(x) + static_cast<size_t>(r * K) * item,
+                            array(layer.weight_ih),
+                            array(layer.scale_ih),
+                            gates + static_cast<size_t>(r * columns) * compute,
+                            rows - r < kMaxLinearRows ? rows - r : kMaxLinearRows,
+                            columns,
+                            K};
+    if (columns * K < 2 * kMinWeightsPerThread)
+      cpu_kernels().linear(linear, 0, blocks);
+    else
+      torch::stable::parallel_for(0, blocks, 1 + kMinWeightsPerThread / (kLinearBlock * K),
+                                  [&](int64_t begin, int64_t end) { cpu_kernels().linear(linear, begin, end); });
+  }
+}
+
+void Step::run(int64_t T, int64_t B, uintptr_t input, uintptr_t h, uintptr_t c, uintptr_t output, uintptr_t h_n,
                uintptr_t c_n) const {
-  if (B == 0) return;
-  static thread_local Kept gates_memory, scratch_memory;
+  if (T == 0 || B == 0) return;
+  static thread_local Kept gates_memory, scratch_memory, output_memory[2];
   ScanArgs a{};
   static_cast<ScanShape&>(a) = shape_;
-  a.B = a.N = B;
+  a.T = T, a.B = B, a.N = T * B;
   const int64_t G = kCells[static_cast<int>(a.cell)].gates;
   const bool has_c = kCells[static_cast<int>(a.cell)].has_c;
   const size_t item = a.dtype == Dtype::kDouble ? 8 : a.dtype == Dtype::kFloat ? 4 : 2;
-  const size_t compute = a.dtype == Dtype::kDouble ? 8 : 4;
   const size_t h_bytes = static_cast<size_t>(B * a.P) * item, c_bytes = static_cast<size_t>(B * a.H) * item;
-  char* const gates = gates_memory.get(static_cast<size_t>(B * G * a.H) * compute);
+  char* const gates = gates_memory.get(static_cast<size_t>(a.N * G * a.H) * (a.dtype == Dtype::kDouble ? 8 : 4));
   a.gates = gates;
   const void* x = array(input);
   for (size_t i = 0; i < layers_.size(); ++i) {
     const StepLayer& layer = layers_[i];
-    const int64_t K = i == 0 ? I_ : a.P, columns = G * a.H;
-    const int64_t blocks = (columns + kLinearBlock - 1) / kLinearBlock;
-    for (int64_t b = 0; b < B; b += kMaxLinearRows) {
-      const int64_t rows = B - b < kMaxLinearRows ? B - b : kMaxLinearRows;
-      const LinearArgs linear{a.dtype,
-                              a.weight_type,
-                              static_cast<const char*>(x) + static_cast<size_t>(b * K) * item,
-                              array(layer.weight_ih),
-                              array(layer.scale_ih),
-                              gates + static_cast<size_t>(b * columns) * compute,
-                              rows,
-                              columns,
-                              K};
-      if (columns * K < 2 * kMinWeightsPerThread)
-        cpu_kernels().linear(linear, 0, blocks);
-      else
-        torch::stable::parallel_for(0, blocks, 1 + kMinWeightsPerThread / (kLinearBlock * K),
-                                    [&](int64_t begin, int64_t end) { cpu_kernels().linear(linear, begin, end); });
-    }
+    input_product(layer, x, a.N, i == 0 ? I_ : a.P, gates);
     const void *weight_hh = array(layer.weight_hh), *bias_ih = array(layer.bias_ih), *bias_hh = array(layer.bias_hh),
                *weight_hr = array(layer.weight_hr);
     const float* scale_hh = static_cast<const float*>(array(layer.scale_hh));
@@ -104,9 +109,10 @@ void Step::run(int64_t B, uintptr_t input, uintptr_t h, uintptr_t c, uintptr_t o
     a.weight_hr = weight_hr ? &weight_hr : nullptr, a.projected = weight_hr != nullptr;
     a.h0 = h ? array(h + i * h_bytes) : nullptr, a.c0 = h && has_c ? array(c + i * c_bytes) : nullptr;
     a.h_n = mutable_array(h_n + i * h_bytes), a.c_n = has_c ? mutable_array(c_n + i * c_bytes) : nullptr;
-    a.output = mutable_array(output);  // of the last layer; those before it are overwritten
+    const bool last = i + 1 == layers_.size();
+    a.output = last ? mutable_array(output) : output_memory[i % 2].get(static_cast<size_t>(T) * h_bytes);
     scan_cpu(a, [](size_t bytes) { return scratch_memory.get(bytes); });
-    x = a.h_n;
+    x = a.output;
   }
 }
 

@@ -1,5 +1,5 @@
-// One time step of a unidirectional net on the CPU, without tensors: what `module.step` calls once per step of a
-// stream.
+// A unidirectional net on the CPU, without tensors: what `module.step` calls once per step of a stream, and quantized
+// layers for a sequence.
 //
 // Computes   per layer  h', c' = cell(W_ih x + b_ih, W_hh h + b_hh), x of the next layer = h'
 // Memory     weights read where they lie (no copy, so none can be out of date); scratch kept by each thread
@@ -27,11 +27,14 @@ class Step {
   Step(const std::string& cell, const std::string& dtype, const std::string& weight_type, int64_t I, int64_t H,
        int64_t P, std::vector<StepLayer> layers);
 
-  // input [B, I], h and h_n [L, B, P], c and c_n [L, B, H] (0 for cells without c), output [B, P]. h_n may be h, and
-  // c_n c. h 0: zeros.
-  void run(int64_t B, uintptr_t input, uintptr_t h, uintptr_t c, uintptr_t output, uintptr_t h_n, uintptr_t c_n) const;
+  // T steps: input [T, B, I], h and h_n [L, B, P], c and c_n [L, B, H] (0 for cells without c), output [T, B, P]. h_n
+  // may be h, and c_n c. h 0: zeros.
+  void run(int64_t T, int64_t B, uintptr_t input, uintptr_t h, uintptr_t c, uintptr_t output, uintptr_t h_n,
+           uintptr_t c_n) const;
 
  private:
+  void input_product(const StepLayer& layer, const void* x, int64_t rows, int64_t K, char* gates) const;
+
   ScanShape shape_;
   int64_t I_;
   std::vector<StepLayer> layers_;

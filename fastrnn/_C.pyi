@@ -13,5 +13,5 @@ class Step:
         layers: list[tuple[int, int, int, int, int, int, int]],
     ) -> None: ...
     def run(
-        self, B: int, input: int, h: int, c: int, output: int, h_n: int, c_n: int
+        self, T: int, B: int, input: int, h: int, c: int, output: int, h_n: int, c_n: int
     ) -> None: ...

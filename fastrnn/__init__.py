@@ -6,6 +6,7 @@ from . import functional
 from ._ops import get_backend, set_backend, use_backend
 from .cells import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN
+from .quantize import dequantize, quantize
 from .swap import SwapReport, replace, restore
 
 __version__ = version("fastrnn")
@@ -19,8 +20,10 @@ __all__ = [
     "RNNCell",
     "SwapReport",
     "__version__",
+    "dequantize",
     "functional",
     "get_backend",
+    "quantize",
     "replace",
     "restore",
     "set_backend",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import checks, functional, stream, swap
 
 
-class _Layer(nn.RNNBase):
+class Layer(nn.RNNBase):
     """What the three layers share."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -56,7 +56,6 @@ class _Layer(nn.RNNBase):
         names, weights = self._flat_weights_names, self._weights()
         if (
             spec.directions == 2
-            or (self.training and self.dropout and spec.num_layers > 1)
             or any(name not in self._parameters for name in names)
             or not stream.can_step(spec, weights)
         ):
@@ -89,7 +88,7 @@ class _Layer(nn.RNNBase):
         return swap.to_torch(self)
 
 
-class RNN(_Layer):
+class RNN(Layer):
     r"""Elman RNN, a drop-in for ``torch.nn.RNN``.
 
     .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
@@ -133,7 +132,7 @@ class RNN(_Layer):
         super().__init__("RNN_" + self.nonlinearity.upper(), *args, **kwargs)
 
 
-class LSTM(_Layer):
+class LSTM(Layer):
     r"""Long short-term memory, a drop-in for ``torch.nn.LSTM``.
 
     .. math::
@@ -169,7 +168,7 @@ class LSTM(_Layer):
         super().__init__("LSTM", *args, **kwargs)
 
 
-class GRU(_Layer):
+class GRU(Layer):
     r"""Gated recurrent unit, a drop-in for ``torch.nn.GRU``.
 
     .. math::

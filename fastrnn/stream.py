@@ -63,8 +63,11 @@ class Stepper:
             spec.output_size, addresses,
         ).run  # fmt: skip
 
-    def is_current(self) -> bool:
-        """Whether every weight is still the tensor it was, in the memory where it was."""
+    def is_current(self, spec: LayerSpec) -> bool:
+        """Whether every weight is still the tensor it was, in the memory where it was, of a layer
+        that is what it was."""
+        if spec is not self.spec:
+            return False
         for store, name, held, address, shape in self.held:
             if (
                 store.get(name) is not held
@@ -78,45 +81,68 @@ class Stepper:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
 
-    def __call__(self, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any] | None:
-        """The step, or None if the arguments are not simply right: the general path then says
-        what is wrong with them, or deals with them."""
+    def step(self, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any] | None:
+        """One step over input [B, I]. None if the arguments are not simply right: the general path
+        then says what is wrong with them, or deals with them."""
+        if type(input) is not Tensor or input.dim() != 2:
+            return None
+        return self._run(1, input.shape[0], input, state, out)
+
+    def sequence(self, input: Tensor, state: Any) -> tuple[Tensor, Any] | None:
+        """All steps over input [T, B, I]; otherwise as ``step``."""
+        if type(input) is not Tensor or input.dim() != 3:
+            return None
+        return self._run(input.shape[0], input.shape[1], input, state, None)
+
+    def _run(
+        self, T: int, B: int, input: Tensor, state: Any, out: Any
+    ) -> tuple[Tensor, Any] | None:
         spec, dtype = self.spec, self.dtype
-        if type(input) is not Tensor or input.dtype is not dtype or not input.is_cpu:
+        shape = input.shape
+        if shape[-1] != spec.input_size or input.dtype is not dtype or not input.is_cpu:
             return None
-        B = input.shape[0]
-        if input.shape != (B, spec.input_size) or not input.is_contiguous():
+        if not input.is_contiguous():
             return None
-        L, H, P = spec.num_layers, spec.hidden_size, spec.output_size
-        h = c = None
-        if state is not None:
-            h, c = state if spec.has_c else (state, None)
-            if not self._fits(h, (L, B, P)) or (spec.has_c and not self._fits(c, (L, B, H))):
+        h, c = self._states(state, B)
+        if state is not None and h is None:
+            return None
+        h_n, c_n = self._states(out, B)
+        if h_n is None:
+            if out is not None:
                 return None
-        if out is None:
+            L, H, P = spec.num_layers, spec.hidden_size, spec.output_size
             h_n = torch.empty((L, B, P), dtype=dtype)
             c_n = torch.empty((L, B, H), dtype=dtype) if spec.has_c else None
-        else:
-            h_n, c_n = out if spec.has_c else (out, None)
-            if not self._fits(h_n, (L, B, P)) or (spec.has_c and not self._fits(c_n, (L, B, H))):
-                return None
-        output = torch.empty((B, P), dtype=dtype)
-        if c_n is None:
-            self.run(
-                B, input.data_ptr(), 0 if h is None else h.data_ptr(), 0, output.data_ptr(),
-                h_n.data_ptr(), 0,
-            )  # fmt: skip
-            return output, h_n
+        output = torch.empty((*shape[:-1], spec.output_size), dtype=dtype)
         self.run(
-            B, input.data_ptr(), 0 if h is None else h.data_ptr(),
-            0 if c is None else c.data_ptr(), output.data_ptr(), h_n.data_ptr(), c_n.data_ptr(),
-        )  # fmt: skip
-        return output, (h_n, c_n)
+            T,
+            B,
+            input.data_ptr(),
+            0 if h is None else h.data_ptr(),
+            0 if c is None else c.data_ptr(),
+            output.data_ptr(),
+            h_n.data_ptr(),
+            0 if c_n is None else c_n.data_ptr(),
+        )
+        if out is not None:
+            return output, out
+        return output, h_n if c_n is None else (h_n, c_n)
 
-    def _fits(self, t: Any, shape: tuple[int, ...]) -> bool:
+    def _states(self, state: Any, B: int) -> tuple[Tensor | None, Tensor | None]:
+        """h and c of a state whose addresses can be used; None and None for any other."""
+        spec = self.spec
+        if not spec.has_c:
+            return (state, None) if self._fits(state, B, spec.output_size) else (None, None)
+        if type(state) is not tuple or len(state) != 2:
+            return None, None
+        h, c = state
+        fits = self._fits(h, B, spec.output_size) and self._fits(c, B, spec.hidden_size)
+        return (h, c) if fits else (None, None)
+
+    def _fits(self, t: Any, B: int, width: int) -> bool:
         return (
             type(t) is Tensor
-            and t.shape == shape
+            and t.shape == (self.spec.num_layers, B, width)
             and t.dtype is self.dtype
             and t.is_cpu
             and t.is_contiguous()
@@ -151,18 +177,29 @@ def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
         and first.is_cpu
         and first.dtype in _DTYPES
         and all(t.is_contiguous() and t.dtype == first.dtype and t.is_cpu for t in tensors)
-        and all(t.untyped_storage().nbytes() > 0 for t in tensors)
+        and all(
+            t.untyped_storage().nbytes() >= (t.storage_offset() + t.numel()) * t.element_size()
+            for t in tensors
+        )
         and tuple(t.shape for t in tensors) == tuple(map(torch.Size, spec.weight_shapes))
     )
 
 
+def current_stepper(module: Any, spec: LayerSpec) -> Stepper | None:
+    """The Stepper over the module's weights as they are now; None where there can be none."""
+    if not _ops.is_plain_native():
+        return None
+    stepper: Stepper | None = module.__dict__.get("_stepper")
+    if stepper is None or not stepper.is_current(spec):
+        stepper = module.__dict__["_stepper"] = module._new_stepper(spec)
+    return stepper
+
+
 def step(module: Any, spec: LayerSpec, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any]:
     """``module.step`` for the layers of :mod:`fastrnn.modules`."""
-    if _ops.is_plain_native() and not torch.is_grad_enabled():
-        stepper = module.__dict__.get("_stepper")
-        if stepper is None or not stepper.is_current():
-            stepper = module.__dict__["_stepper"] = module._new_stepper(spec)
-        result = stepper(input, state, out) if stepper is not None else None
+    if not torch.is_grad_enabled() and not (module.training and module.dropout):
+        stepper = current_stepper(module, spec)
+        result = None if stepper is None else stepper.step(input, state, out)
         if result is not None:
             return result
     return _general(module, spec, input, state, out)

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -290,8 +291,34 @@ FASTRNN_INLINE U16 narrow(Vec<float> v, Half) {
 }
 #endif
 
+#if defined(__AVX512F__)
+FASTRNN_INLINE Vec<float> widen_whole(const Int8* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+}
+FASTRNN_INLINE Vec<float> widen_whole(const BFloat16* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return Vec<float>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
+}
+#elif defined(__AVX2__)
+FASTRNN_INLINE Vec<float> widen_whole(const Int8* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+}
+FASTRNN_INLINE Vec<float> widen_whole(const BFloat16* p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
+}
+#endif
+
 template <class T>
 FASTRNN_INLINE Vec<Compute<T>> load(const T* p, int n) {
+#if defined(__AVX2__)  // straight from memory, where GCC would go through other registers
+  if constexpr (std::is_same_v<T, Int8>)
+    if (__builtin_expect(n >= Vec<float>::kLanes, 1)) return widen_whole(p);
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (__builtin_expect(n >= Vec<float>::kLanes, 1)) return widen_whole(p);
+#endif
   return widen(load_lanes(p, n), T());
 }
 // Returns the value as stored.

@@ -1,0 +1,137 @@
+"""Low-precision weights: as exact as the stored weights allow, close to the originals, undone."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastrnn
+from compare import check
+from fastrnn.parity import error
+
+KINDS = {"RNN": {}, "LSTM": {}, "GRU": {}, "LSTM proj": {"proj_size": 11}}
+# Largest error of an output of a layer with torch.nn's initial weights, relative as in `error`.
+ALLOWED = {"int8": 1e-2, "bf16": 1e-2}
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+
+def make(kind: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return getattr(fastrnn, kind.split()[0])(21, 37, **options, **KINDS[kind])
+
+
+def results(module: nn.Module, input: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        output, state = copy.deepcopy(module).to(dtype)(input.to(dtype))
+    states = state if isinstance(state, tuple) else (state,)
+    return {"output": output} | dict(zip(("h", "c"), states, strict=False))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2}, {"bidirectional": True}, {"bias": False}]
+)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 1), (5, 3), (12, 20)], ids=str)
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_to_torch_on_the_stored_weights(
+    engine: str, kind: str, weights: str, shape: tuple[int, int], options: dict[str, Any]
+) -> None:
+    layer = make(kind, **options)
+    original = results(layer.to_torch(), input := torch.randn(*shape, 21), torch.float64)
+    report = fastrnn.quantize(layer, weights=weights)
+    assert len(report.swapped) == 1
+    stored = copy.deepcopy(layer)
+    stored.__dict__["_originals"] = {}
+    fastrnn.dequantize(stored)
+    twin = stored.to_torch()
+    with torch.no_grad():
+        output, state = layer(input)
+    states = state if isinstance(state, tuple) else (state,)
+    got = {"output": output} | dict(zip(("h", "c"), states, strict=False))
+    check(got, results(twin, input, torch.float32), results(twin, input, torch.float64))
+    assert error(got["output"], original["output"]) < ALLOWED[weights]
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+def test_steps(engine: str, weights: str) -> None:
+    layer = make("LSTM", num_layers=2)
+    fastrnn.quantize(layer, weights=weights)
+    frames, state, outputs = torch.randn(6, 1, 21), None, []
+    with torch.no_grad():
+        for frame in frames:
+            output, state = layer.step(frame, state)
+            outputs.append(output)
+        expected, (h, c) = layer(frames)
+    got = {"output": torch.stack(outputs), "h": state[0], "c": state[1]}
+    check(got, same := {"output": expected, "h": h, "c": c}, same)
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+def test_restored_exactly(weights: str) -> None:
+    model = nn.Sequential(fastrnn.GRU(5, 6, num_layers=2), nn.Identity())
+    model.head = nn.LSTM(4, 4)
+    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
+    values = {name: p.detach().clone() for name, p in parameters.items()}
+    report = fastrnn.quantize(model, weights=weights)
+    assert [entry.name for entry in report.swapped] == ["0"]
+    assert [entry.name for entry in report.left] == ["head"]
+    assert "replace" in report.left[0].why
+    again = fastrnn.quantize(model, weights=weights)
+    assert again.left[0].why == "already quantized"
+    fastrnn.dequantize(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
+    assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+    assert type(model[0]) is fastrnn.GRU
+
+
+def test_stored_size_and_state_dict() -> None:
+    layer = make("GRU")
+    fastrnn.quantize(layer, keep_originals=False)
+    state = layer.state_dict()
+    assert state["weight_hh_l0"].dtype == torch.int8
+    assert state["weight_hh_l0_scale"].shape == (3 * 37,)
+    assert "weight_hh_l0" not in dict(layer.named_parameters())
+    twin = make("GRU")
+    fastrnn.quantize(twin)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    twin.load_state_dict(torch.load(buffer))
+    input = torch.randn(4, 1, 21)
+    loaded = pickle.loads(pickle.dumps(layer))
+    with torch.no_grad():
+        assert torch.equal(twin(input)[0], layer(input)[0])
+        assert torch.equal(loaded(input)[0], layer(input)[0])
+    assert fastrnn.dequantize(layer).swapped
+    assert (layer.weight_hh_l0 - make("GRU").weight_hh_l0).abs().max() < 2e-3
+
+
+def test_zero_rows_and_input_gradient() -> None:
+    layer = make("LSTM")
+    with torch.no_grad():
+        layer.weight_hh_l0[3] = 0
+    fastrnn.quantize(layer)
+    input = torch.randn(3, 1, 21, requires_grad=True)
+    output = layer(input)[0]
+    assert output.isfinite().all()
+    assert torch.autograd.grad(output.sum(), input)[0].abs().sum() > 0
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="int4"):
+        fastrnn.quantize(make("RNN"), weights="int4")
+    with pytest.raises(TypeError, match="Module"):
+        fastrnn.quantize("model")  # type: ignore[arg-type]
+    assert fastrnn.quantize(make("RNN").double()).left[0].why == "not float32"
+    layer = make("RNN")
+    fastrnn.quantize(layer, weights="bf16")
+    with pytest.raises(RuntimeError, match="quantized"), torch.no_grad():
+        layer.double()(torch.zeros(3, 20, 21, dtype=torch.float64))
