@@ -329,7 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.cell.upper()} of {options.hidden} units on {count} "
         f"{'scikit-learn' if folder is None else 'MNIST'} digits of {rows} x {columns}"
     )
-    print(f"{title}, {torch.get_num_threads()} threads, backend {backend_in_use()}\n")
+    count = torch.get_num_threads()
+    threads_used = f"{count} thread{'s' if count > 1 else ''}"
+    print(f"{title}, {threads_used}, backend {backend_in_use()}\n")
     torch_nn, fast = train_both(data, options.cell, options.hidden, options.epochs, options.seed)
     judged = folder is None
     print(report(torch_nn, fast, judged))

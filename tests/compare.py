@@ -27,6 +27,7 @@ __all__ = [
     "run_cell",
     "run_layer",
     "use_engine",
+    "with_gradients",
 ]
 
 
