@@ -77,7 +77,10 @@ class Layer(nn.RNNBase):
         try:
             return [cast(Tensor, parameters[name]) for name in names]
         except KeyError:
-            return [getattr(self, name) for name in names]
+            # Kept, as torch.nn keeps them: tensors of an earlier call, with its graph, would stop
+            # copy.deepcopy of a parametrized layer.
+            self._flat_weights = [getattr(self, name) for name in names]
+            return cast(list[Tensor], self._flat_weights)
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take the parameters where they are."""

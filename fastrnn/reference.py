@@ -271,7 +271,7 @@ def layer(
             per_group.append((output, h.to(dtype), c.to(dtype), cells, saved_d))
     outputs, h_n, c_n, cells_all, saved_all = zip(*per_group, strict=True)
     return (
-        torch.cat(outputs, 1).reshape(*input.shape[:-1], -1),
+        torch.cat(outputs, 1).reshape(*input.shape[:-1], groups * size),
         torch.stack(h_n),
         torch.stack(c_n) if info.has_c else empty,
         torch.stack(cells_all) if info.has_c else flat.new_empty(0),
