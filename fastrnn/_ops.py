@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
 import importlib.util
 import os
 import sys
@@ -25,13 +26,26 @@ from . import reference
 def _load() -> str | None:
     """Import the extension, which registers the operators. Returns why it is not loaded."""
     if importlib.util.find_spec("fastrnn._C") is None:
-        return "fastrnn was installed without its native extension (pure-Python install)"
+        return _why_not_built()
     try:
-        from . import _C
+        importlib.import_module("fastrnn._C")
     except ImportError as error:
         return f"the native extension does not load: {error}"
-    _C.cpu_isa()  # raises ValueError for a FASTRNN_CPU_ISA that this build or CPU does not have
     return None
+
+
+def _why_not_built() -> str:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.isfile(os.path.join(root, "setup.py")):
+        return (
+            f"fastrnn was imported from the source tree at {root}, which is not built: "
+            "run `make build` there, or leave that directory"
+        )
+    try:  # written by setup.py
+        reason = f": {importlib.import_module('fastrnn._build').PURE_PYTHON}"
+    except ImportError:
+        reason = ""
+    return f"fastrnn was installed without its native extension (pure-Python install{reason})"
 
 
 native_error: str | None = _load()
@@ -223,4 +237,29 @@ if native_error is None:
     step_out = torch.ops.fastrnn.step_out.default
     torch.library.register_fake("fastrnn::layer", _layer_fake)
     torch.library.register_fake("fastrnn::layer_backward", _layer_backward_fake)
-_checked(_default)
+
+
+# Environment variables that ask for what is not there, and why it is not: this stops the import,
+# except of `python -m fastrnn.info`, which reports it.
+environment_errors: dict[str, str] = {}
+
+
+def _check_environment() -> None:
+    # While Python looks for the module of -m, "-m" stands in place of its name.
+    reports = sys.argv[:1] == ["-m"] and any(a.endswith("fastrnn.info") for a in sys.orig_argv)
+    try:
+        _checked(_default)
+    except (ValueError, RuntimeError) as error:
+        if not reports:
+            raise
+        environment_errors["FASTRNN_BACKEND"] = str(error)
+    try:
+        if native_error is None:
+            importlib.import_module("fastrnn._C").cpu_isa()
+    except ValueError as error:
+        if not reports:
+            raise
+        environment_errors["FASTRNN_CPU_ISA"] = str(error)
+
+
+_check_environment()

@@ -7,6 +7,7 @@ cannot be met is reported where other programs stop.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 from collections.abc import Iterable
@@ -64,27 +65,9 @@ def _native_build() -> list[tuple[str, str]]:
         build = importlib.import_module("fastrnn._C").build_info()
         return [(str(name), _joined(value)) for name, value in build.items()]
     rows = [("not loaded", _ops.native_error)]
-    if unbuilt_source_tree() is None and (reason := pure_python_reason()):
-        rows.append(("not built", reason))
+    if importlib.util.find_spec("fastrnn._build"):  # written where there was a reason to
         rows.append(("remedy", "mend that, then run `FASTRNN_BUILD=1 pip install .` once more"))
     return rows
-
-
-def unbuilt_source_tree() -> Path | None:
-    """The source tree that fastrnn was imported from without a native part in it, or None."""
-    package = Path(fastrnn.__file__).resolve().parent
-    if (package.parent / "setup.py").is_file() and not list(package.glob("_C*.so")):
-        return package.parent
-    return None
-
-
-def pure_python_reason() -> str | None:
-    """Why the installation was built without the native part, if the build noted it."""
-    try:
-        reason: str | None = importlib.import_module("fastrnn._build").PURE_PYTHON
-    except ImportError:
-        return None
-    return reason
 
 
 def _cpu() -> list[tuple[str, str]]:
@@ -108,8 +91,7 @@ def _backends() -> list[tuple[str, str]]:
 
 
 def _environment() -> list[tuple[str, str]]:
-    mistakes: dict[str, str] = getattr(_ops, "environment_errors", {})
-    rows = []
+    mistakes, rows = _ops.environment_errors, []
     for name in ("FASTRNN_BACKEND", "FASTRNN_CPU_ISA"):
         value = os.environ.get(name, "not set")
         rows.append((name, f"{value}; {mistakes[name]}" if name in mistakes else value))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from test_backends import python
 
 import fastrnn
 from fastrnn import _ops, info
+
+needs_native = pytest.mark.skipif(_ops.native_error is not None, reason=str(_ops.native_error))
 
 
 def value_of(section: str, name: str, text: str) -> str:
@@ -73,3 +78,51 @@ def test_command_line():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert value_of("versions", "fastrnn", done.stdout) == fastrnn.__version__
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("FASTRNN_BACKEND", "unknown backend 'mmx', expected one of auto"),
+        pytest.param(
+            "FASTRNN_CPU_ISA", "'mmx' is not available here. Available: base", marks=needs_native
+        ),
+    ],
+)
+def test_command_line_reports_what_stops_other_programs(
+    variable: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "mmx")
+    command = [sys.executable, "-m", "fastrnn.info"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert message in value_of("environment", variable, done.stdout)
+    command = [sys.executable, "-c", "import fastrnn"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"setup.py": ""}, "imported from the source tree at {}, which is not built: run `make"),
+        ({}, "installed without its native extension (pure-Python install)"),
+        (
+            {"fastrnn/_build.py": "PURE_PYTHON = 'no C++ compiler was found'"},
+            "(pure-Python install: no C++ compiler was found)",
+        ),
+    ],
+    ids=["source tree", "no reason", "reason"],
+)
+def test_report_says_why_there_is_no_native_part(
+    files: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    package = Path(fastrnn.__file__).parent
+    shutil.copytree(package, tmp_path / "fastrnn", ignore=shutil.ignore_patterns("*.so", "_build*"))
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    code, text, errors = python("import fastrnn.info as i; print(i.report())", tmp_path)
+    assert (code, errors) == (0, "")
+    assert value_of("versions", "imported from", text) == str(tmp_path / "fastrnn")
+    assert message.format(tmp_path) in value_of("native build", "not loaded", text)
+    assert ("FASTRNN_BUILD=1 pip install" in text) == ("fastrnn/_build.py" in files)
