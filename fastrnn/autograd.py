@@ -1,9 +1,8 @@
 """The derivative of ``layer``, of any order.
 
 Forward and backward run the operators. A backward pass that is itself differentiated
-(``create_graph=True``), or that brings gradients for the saved activations (the backward of such a
-pass), runs ``reference.layer_backward``, which is plain PyTorch and differentiable in everything.
-The same runs under torch.func and forward-mode derivatives, which ``_ops.report`` says.
+(``create_graph=True``) differentiates ``reference.layer``, which is plain PyTorch, and so do
+backward passes under torch.func and with forward-mode derivatives, which ``_ops.report`` says.
 
 Dimension key: see reference.py.
 """
@@ -47,7 +46,9 @@ def _layer(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, h0, c0, *weights)
     ):
-        return Layer.apply(cell, batch_sizes, groups, direction, input, h0, c0, *weights)[:3]
+        results: tuple[Tensor, Tensor, Tensor]
+        results = Layer.apply(cell, batch_sizes, groups, direction, input, h0, c0, *weights)
+        return results
     return _ops.layer(cell, input, list(weights), h0, c0, batch_sizes, groups, direction, False)[:3]
 
 
@@ -56,18 +57,21 @@ _layer_uncompiled = torch._disable_dynamo(_layer)
 
 
 class Layer(Function):
-    """``layer`` on the native kernels. Its results c and saved of every step are differentiable
-    too, so that a second derivative finds its way back through them."""
+    """``layer`` on the native kernels."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         cell, batch_sizes, groups, direction, input, h0, c0, *weights = arguments
-        results = _ops.layer(cell, input, weights, h0, c0, batch_sizes, groups, direction, True)
-        output, _, _, cells, saved = results
-        ctx.save_for_backward(batch_sizes, input, h0, c0, output, cells, saved, *weights)
+        output, h_n, c_n, cells, saved = _ops.layer(
+            cell, input, weights, h0, c0, batch_sizes, groups, direction, True
+        )
+        # The user may change the output in place, as torch.nn allows. `data` is an alias that is
+        # saved without a check for that; whether it happened is what `changes` counts.
+        ctx.save_for_backward(batch_sizes, input, h0, c0, output.data, cells, saved, *weights)
+        ctx.changes = _version_counter(output)
         ctx.cell, ctx.groups, ctx.direction = cell, groups, direction
         ctx.set_materialize_grads(False)
-        return results
+        return output, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -75,22 +79,53 @@ class Layer(Function):
         if all(g is None for g in grads):
             return (None,) * (4 + len(wanted))
         batch_sizes, input, h0, c0, output, cells, saved, *weights = ctx.saved_tensors
-        results: tuple[Any, ...]
-        arguments: tuple[Any, ...]
-        results = (input, output, cells, saved, weights, h0, c0, batch_sizes, ctx.groups)
-        tensors = (input, *grads, output, cells, saved, h0, c0, *weights)
-        why_not = _ops.why_not_native(tensors)
+        call = (h0, c0, batch_sizes, ctx.groups, ctx.direction)
+        why_not = _ops.why_not_native((input, *grads, output, cells, saved, h0, c0, *weights))
         if why_not is not None:
             _ops.report(why_not)
-        differentiated = torch.is_grad_enabled() or grads[3] is not None or grads[4] is not None
-        if why_not is None and not differentiated:
-            arguments = (ctx.cell, *grads[:3], *results, ctx.direction, list(map(int, wanted)))
-            dinput, dweights, dh0, dc0 = _ops.layer_backward(*arguments)
-        else:
-            arguments = (ctx.cell, *grads, *results, ctx.direction)
-            dinput, dweights, dh0, dc0 = reference.layer_backward(*arguments)
-        gradients = zip((dinput, dh0, dc0, *dweights), wanted, strict=True)
-        return (None, None, None, None, *(g if want else None for g, want in gradients))
+        if why_not is not None or torch.is_grad_enabled():
+            gradients = _differentiate_reference(ctx.cell, input, weights, call, grads, wanted)
+            return (None, None, None, None, *gradients)
+        if ctx.changes._version:
+            output = _ops.layer(ctx.cell, input, weights, *call, False)[0]
+        results: tuple[Any, ...] = (input, output, cells, saved, weights, *call)
+        arguments: tuple[Any, ...] = (ctx.cell, *grads, *results, list(map(int, wanted)))
+        dinput, dweights, dh0, dc0 = _ops.layer_backward(*arguments)
+        found = zip((dinput, dh0, dc0, *dweights), wanted, strict=True)
+        return (None, None, None, None, *(g if want else None for g, want in found))
+
+
+def _version_counter(tensor: Tensor) -> Tensor:
+    """A tensor without memory that shares the version counter of another: its ``_version`` grows
+    when that one, or a view of it, is changed in place."""
+    counter = tensor.detach()
+    counter.data = tensor.new_empty(0)
+    return counter
+
+
+def _differentiate_reference(
+    cell: str,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    call: tuple[Any, ...],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of input, h0, c0 and weights by PyTorch's own derivative of the reference,
+    differentiable if gradients are enabled."""
+    differentiated = torch.is_grad_enabled()
+    leaves = (input, *call[:2], *weights)
+    inputs = [t for t, want in zip(leaves, wanted, strict=True) if want]
+    with torch.enable_grad():
+        results = reference.layer(cell, input, weights, *call)[:3]
+    kept = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
+    found = iter(
+        torch.autograd.grad(
+            [r for r, _ in kept], inputs, [g for _, g in kept],
+            create_graph=differentiated, allow_unused=True,
+        )
+    )  # fmt: skip
+    return [next(found) if want else None for want in wanted]
 
 
 __all__ = ["layer"]

@@ -229,8 +229,6 @@ def _stack(
         c_n.append(c)
         if dropout and training and i < L - 1:
             data = F.dropout(data, dropout, True)
-    if data.requires_grad:
-        data = data.clone()  # backward needs the layer's own; this one the caller may change
     h, c = h_n[0], c_n[0]
     if spec.num_layers > 1:
         h, c = torch.cat(h_n), torch.cat(c_n) if spec.has_c else c

@@ -1,5 +1,5 @@
-"""``layer`` and ``layer_backward`` in plain PyTorch: the oracle, the documentation of the formulas,
-the backend that needs no compiler, and (being differentiable) the derivative of the backward pass.
+"""``layer`` in plain PyTorch: the oracle, the documentation of the formulas, the backend that needs
+no compiler, and (being differentiable to any order) the derivative of the backward pass.
 
 Dimension key: T time, B batch, N rows of data (T * B, or the sum of ``batch_sizes``), H hidden,
 P size of h (H, or proj_size), G gates, A saved activations, R gates with a recurrent gradient of
@@ -21,15 +21,6 @@ class State(NamedTuple):
 
     h: Tensor
     c: Tensor
-
-
-class CellGradient(NamedTuple):
-    """Gradients of one backward step, each for n rows."""
-
-    dx: list[Tensor]  # G pre-activations
-    dr: list[Tensor]  # recurrent products of the last R gates
-    dh: Tensor  # of the h that entered the step, without the recurrent product
-    dc: Tensor
 
 
 class Weights(NamedTuple):
@@ -76,21 +67,6 @@ class Cell:
         """One step: the new state, and the A activations that backward needs."""
         raise NotImplementedError
 
-    def backward(
-        self, saved: list[Tensor], before: State, after: State, dh: Tensor, dc: Tensor,
-        dsaved: list[Tensor] | None,
-    ) -> CellGradient:  # fmt: skip
-        """One step back. ``dsaved``: gradients of ``saved`` itself, in a second derivative."""
-        raise NotImplementedError
-
-    def hidden(self, saved: list[Tensor], after: State) -> Tensor:
-        """h before its projection, from what the step saved."""
-        raise NotImplementedError
-
-
-def _plus(gradient: Tensor, dsaved: list[Tensor] | None, k: int) -> Tensor:
-    return gradient if dsaved is None else gradient + dsaved[k]
-
 
 @dataclass(frozen=True)
 class RnnTanh(Cell):
@@ -99,12 +75,6 @@ class RnnTanh(Cell):
     def forward(self, x: list[Tensor], r: list[Tensor], s: State) -> tuple[State, list[Tensor]]:
         return State(torch.tanh(x[0] + r[0]), s.c), []
 
-    def backward(
-        self, saved: list[Tensor], before: State, after: State, dh: Tensor, dc: Tensor,
-        dsaved: list[Tensor] | None,
-    ) -> CellGradient:  # fmt: skip
-        return CellGradient([dh * (1 - after.h * after.h)], [], torch.zeros_like(dh), dc)
-
 
 @dataclass(frozen=True)
 class RnnRelu(Cell):
@@ -112,12 +82,6 @@ class RnnRelu(Cell):
 
     def forward(self, x: list[Tensor], r: list[Tensor], s: State) -> tuple[State, list[Tensor]]:
         return State(torch.relu(x[0] + r[0]), s.c), []
-
-    def backward(
-        self, saved: list[Tensor], before: State, after: State, dh: Tensor, dc: Tensor,
-        dsaved: list[Tensor] | None,
-    ) -> CellGradient:  # fmt: skip
-        return CellGradient([dh.masked_fill(after.h <= 0, 0)], [], torch.zeros_like(dh), dc)
 
 
 @dataclass(frozen=True)
@@ -133,23 +97,6 @@ class Lstm(Cell):
         h = o * torch.tanh(c)
         return State(h, c), [i, f, g, o]
 
-    def backward(
-        self, saved: list[Tensor], before: State, after: State, dh: Tensor, dc: Tensor,
-        dsaved: list[Tensor] | None,
-    ) -> CellGradient:  # fmt: skip
-        i, f, g, o = saved
-        tanh_c = torch.tanh(after.c)
-        dc = dc + dh * o * (1 - tanh_c * tanh_c)
-        di = _plus(dc * g, dsaved, 0)
-        df = _plus(dc * before.c, dsaved, 1)
-        dg = _plus(dc * i, dsaved, 2)
-        do = _plus(dh * tanh_c, dsaved, 3)
-        dx = [di * i * (1 - i), df * f * (1 - f), dg * (1 - g * g), do * o * (1 - o)]
-        return CellGradient(dx, [], torch.zeros_like(dh), dc * f)
-
-    def hidden(self, saved: list[Tensor], after: State) -> Tensor:
-        return saved[3] * torch.tanh(after.c)
-
 
 @dataclass(frozen=True)
 class Gru(Cell):
@@ -161,19 +108,6 @@ class Gru(Cell):
         n = torch.tanh(x[2] + reset * r[2])
         h = n + z * (s.h - n)
         return State(h, s.c), [reset, z, n, r[2]]
-
-    def backward(
-        self, saved: list[Tensor], before: State, after: State, dh: Tensor, dc: Tensor,
-        dsaved: list[Tensor] | None,
-    ) -> CellGradient:  # fmt: skip
-        reset, z, n, r_n = saved
-        dn = _plus(dh * (1 - z), dsaved, 2)
-        da_n = dn * (1 - n * n)
-        dz = _plus(dh * (before.h - n), dsaved, 1)
-        dreset = _plus(da_n * r_n, dsaved, 0)
-        dr_n = _plus(da_n * reset, dsaved, 3)
-        dx = [dreset * reset * (1 - reset), dz * z * (1 - z), da_n]
-        return CellGradient(dx, [dr_n], dh * z, dc)
 
 
 CELLS: dict[str, Cell] = {
@@ -277,100 +211,3 @@ def layer(
         torch.stack(cells_all) if info.has_c else flat.new_empty(0),
         torch.stack(saved_all),
     )
-
-
-def layer_backward(
-    cell: str,
-    doutput: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dcells: Tensor | None,
-    dsaved: Tensor | None,
-    input: Tensor,
-    output: Tensor,
-    cells: Tensor,
-    saved: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    batch_sizes: Tensor | None,
-    groups: int,
-    direction: int,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """The gradient of :func:`layer`, differentiable in every tensor argument.
-
-    Takes the gradients of its five results (None: zero), the results that backward needs and its
-    own arguments. ``dcells`` and ``dsaved`` are there for second derivatives.
-
-    Returns:
-        dinput, the gradients of all weights, dh0 [D, B, P] and dc0 [D, B, H] (or [0]).
-    """
-    info, dtype = CELLS[cell], input.dtype
-    compute = compute_dtype(dtype)
-    rows = _rows_of_steps(input, batch_sizes)
-    batch = rows[0].stop
-    flat = input.reshape(-1, input.shape[-1]).to(compute)
-    dinput: Tensor | float = 0.0
-    dweights: list[Tensor] = []
-    dh0, dc0 = [], []
-    with torch.autocast(input.device.type, enabled=False):
-        for d, own_weights in enumerate(weights_of_groups(weights, groups)):
-            reverse = reversed_group(d, groups, direction)
-            w = own_weights.to(compute)
-            hidden, size = w.hh.shape[0] // info.gates, w.hh.shape[1]
-            lanes = slice(d * size, (d + 1) * size)
-            out = output.reshape(len(flat), -1)[:, lanes].to(compute)
-            d_out = None
-            if doutput is not None:
-                d_out = doutput.reshape(len(flat), -1)[:, lanes].to(compute)
-            c_all = cells[d] if info.has_c else out
-            d_cells = None if dcells is None else dcells[d]
-            dsaved_d = None if dsaved is None else dsaved[d].to(compute)
-            saved_d = saved[d].to(compute)
-            h_first = _initial(h0, d, out, batch, size)
-            c_first = _initial(c0, d, out, batch, hidden)
-            dh = _initial(dh_n, d, out, batch, size)
-            dc = _initial(dc_n, d, out, batch, hidden)
-            order = rows[::-1] if reverse else rows
-            parts: list[tuple[Tensor, ...]] = []
-            for step in range(len(order) - 1, -1, -1):
-                row = order[step]
-                n = row.stop - row.start
-                previous = order[step - 1] if step > 0 else slice(0, 0)
-                kept = min(previous.stop - previous.start, n)
-                index = slice(previous.start, previous.start + kept)
-                before = State(
-                    torch.cat([out[index], h_first[kept:n]]),
-                    torch.cat([c_all[index], c_first[kept:n]]) if info.has_c else c_first[:n],
-                )
-                after = State(out[row], c_all[row])
-                s = list(saved_d[row].chunk(info.saved, -1)) if info.saved else []
-                ds = None if dsaved_d is None or not s else list(
-                    dsaved_d[row].chunk(info.saved, -1))  # fmt: skip
-                dp = dh[:n] if d_out is None else dh[:n] + d_out[row]
-                dm = dp if w.hr is None else dp @ w.hr
-                m = info.hidden(s, after) if w.hr is not None else dm[:, :0]
-                dc_now = dc[:n] if d_cells is None else dc[:n] + d_cells[row]
-                g = info.backward(s, before, after, dm, dc_now, ds)
-                dr = torch.cat([*g.dx[: info.gates - info.own], *g.dr], -1)
-                parts.append((torch.cat(g.dx, -1), dr, before.h, dp, m))
-                through = dr @ w.hh
-                dh = torch.cat([through if w.hr is not None else through + g.dh, dh[n:]])
-                dc = torch.cat([g.dc, dc[n:]])
-            dx_all, dr_all, h_all, dp_all, m_all = (
-                _in_order(list(p), not reverse) for p in zip(*parts, strict=True)
-            )
-            dinput = dinput + dx_all @ w.ih
-            dweights += [dx_all.T @ flat, dr_all.T @ h_all]
-            dweights += [dx_all.sum(0), dr_all.sum(0)] if w.b_ih is not None else []
-            dweights += [dp_all.T @ m_all] if w.hr is not None else []
-            dh0.append(dh)
-            dc0.append(dc)
-    assert isinstance(dinput, Tensor)
-    return (
-        dinput.reshape(input.shape).to(dtype),
-        [dw.to(dtype) for dw in dweights],
-        torch.stack(dh0).to(dtype),
-        torch.stack(dc0).to(dtype) if info.has_c else input.new_empty(0),
-    )
-

@@ -140,32 +140,6 @@ def test_four_groups_are_two_layers_of_two(cell: str) -> None:
     assert torch.equal(h_n, torch.cat([s[1] for s in singles]))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("direction", [0, 1, 2])
-@pytest.mark.parametrize("projection", [0, 2])
-@pytest.mark.parametrize("cell", CELLS)
-def test_reference_backward_is_the_gradient_of_its_forward(
-    cell: str, projection: int, direction: int, packed: bool
-) -> None:
-    """The formulas of layer_backward against PyTorch's derivative of layer, all five cotangents."""
-    arguments = problem(cell, (4, 3, 5, projection), direction, packed, torch.float64)
-    results = reference.layer(**arguments)
-    cotangents = [torch.randn_like(r) if r.requires_grad else None for r in results]
-    leaves = [arguments["input"], arguments["h0"], arguments["c0"], *arguments["weights"]]
-    leaves = [leaf for leaf in leaves if leaf is not None]
-    expected = torch.autograd.grad(
-        [r for r in results if r.requires_grad], leaves, [c for c in cotangents if c is not None]
-    )
-    output, _, _, cells, saved = results
-    dinput, dweights, dh0, dc0 = reference.layer_backward(
-        cell, *cotangents, arguments["input"], output, cells, saved,
-        **{k: v for k, v in arguments.items() if k not in ("cell", "input")},
-    )  # fmt: skip
-    computed = [dinput, dh0, *([dc0] if arguments["c0"] is not None else []), *dweights]
-    for e, g in zip(expected, computed, strict=True):
-        torch.testing.assert_close(g, e)
-
-
 @pytest.mark.parametrize("cell", CELLS)
 def test_cell_table(cell: str) -> None:
     from fastrnn import _C

@@ -60,11 +60,17 @@ constexpr int64_t kMinRowsPerThread = 16;
 // Packing costs about as much as two steps; a product with this few rows is as fast on the weights as they lie.
 constexpr int64_t kMaxDirectRows = 1, kMaxDirectSteps = 2, kMaxDirectStepRows = 4;
 
+bool packs(const ScanArgs& a) {
+  return a.weight_type == WeightType::kStorage && a.B > kMaxDirectRows &&
+         (a.T > kMaxDirectSteps || a.B > kMaxDirectStepRows);
+}
+// A backward pass has no product where its only step has no initial h that asks for its gradient.
+bool packs(const ScanBackwardArgs& a) { return a.T > 1 || a.dh0 || a.projected; }
+
 template <class Args>
-CpuPlan choose(const PassKernels<Args>& kernels, const ScanShape& a) {
+CpuPlan choose(const PassKernels<Args>& kernels, const Args& a) {
   CpuPlan plan;
-  plan.packed = a.weight_type == WeightType::kStorage && a.B > kMaxDirectRows &&
-                (a.T > kMaxDirectSteps || a.B > kMaxDirectStepRows);
+  plan.packed = packs(a);
   const int64_t step = a.B * kCells[static_cast<int>(a.cell)].gates * a.H * a.P;  // of the longest step of a group
   const int64_t work = step / std::max<int64_t>(a.B, 1) * a.N * a.D;
   const int64_t useful = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / kMinWorkPerThread);

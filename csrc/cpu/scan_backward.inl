@@ -9,8 +9,9 @@ struct Backward {
 
   static size_t scratch_bytes(const ScanShape& a, const CpuPlan&) { return BackwardScratch<S>(a, G, nullptr).bytes; }
 
-  static int64_t pack_blocks(const ScanShape& a, const CpuPlan&) {
+  static int64_t pack_blocks(const ScanShape& a, const CpuPlan& plan) {
     const BackwardScratch<S> s(a, G, nullptr);
+    if (!plan.packed) return 0;
     return a.D * (s.hh.blocks() + (a.projected ? s.hr.blocks() : 0));
   }
 
