@@ -7,6 +7,7 @@ bounds (inconsistent PackedSequence, states of the wrong batch), these checks ra
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -191,18 +192,18 @@ def packed_batches(spec: LayerSpec, input: PackedSequence) -> None:
         raise RuntimeError(f"{spec.name}: batch_sizes must be on the CPU, got {sizes.device}")
     if len(sizes) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if int(sizes[-1]) <= 0 or bool((sizes[1:] > sizes[:-1]).any()):
+    counts = sizes.tolist()
+    if counts[-1] <= 0 or any(b > a for a, b in itertools.pairwise(counts)):
         raise RuntimeError(
-            f"{spec.name}: batch_sizes must be positive and must not increase, got {sizes.tolist()}"
+            f"{spec.name}: batch_sizes must be positive and must not increase, got {counts}"
         )
     if data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-    if int(sizes.sum()) != data.shape[0]:
+    if sum(counts) != data.shape[0]:
         raise RuntimeError(
-            f"{spec.name}: batch_sizes sum to {int(sizes.sum())} rows, "
-            f"but the data has {data.shape[0]}"
+            f"{spec.name}: batch_sizes sum to {sum(counts)} rows, but the data has {data.shape[0]}"
         )
-    batch = int(sizes[0])
+    batch = counts[0]
     for name, indices in (
         ("sorted_indices", input.sorted_indices),
         ("unsorted_indices", input.unsorted_indices),

@@ -155,11 +155,8 @@ using ProductTile = void (*)(const S* panel, int64_t stride, const S* packed, in
 // Pairs of columns of a tile of R rows: as many as fill the registers (16, with AVX-512 32) with sums, beside one
 // weight or broadcast each.
 constexpr int tile_pairs(int rows) {
-#if defined(__AVX512F__)
-  return rows <= 2 ? 4 : 2;
-#else
+  if (kVectorBytes == 64) return rows <= 2 ? 4 : 2;
   return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
-#endif
 }
 
 template <class S, int R, int P>

@@ -22,6 +22,8 @@ namespace FASTRNN_ISA {
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
+#elif defined(FASTRNN_BASE_VECTOR_BYTES)  // for tests: the arithmetic of wide vectors on a machine without them
+constexpr int kVectorBytes = FASTRNN_BASE_VECTOR_BYTES;
 #else
 constexpr int kVectorBytes = 16;
 #endif
