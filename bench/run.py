@@ -1,7 +1,7 @@
 """Times fastrnn against torch.nn and the other libraries that are installed, case by case.
 
     python -m bench.run [--case ID ...] [--cell ...] [--mode ...] [--dtype ...] [--threads N ...]
-                        [--base REV] [--json FILE] [--quick] [--list]
+                        [--base REV] [--json FILE] [--seconds S] [--quick] [--list]
 
 All libraries run in one process and take turns.  Before a case is timed, fastrnn's results on it
 are compared with a float64 run of torch.nn; if they break the rule of fastrnn.parity, the case is
@@ -55,7 +55,8 @@ from bench.rows import Row
 
 
 def measure(
-    case: Case, cell: str, mode: str, quick: bool = False, rivals: Iterable[Rival] | None = None
+    case: Case, cell: str, mode: str, quick: bool = False, rivals: Iterable[Rival] | None = None,
+    seconds: float = 1.0,
 ) -> Row:
     """Check and time one case on the current threads."""
     workload = build_workload(case, cell, mode)
@@ -86,7 +87,7 @@ def measure(
     memory = {name: peak_memory(calls[name]) for name in (TORCH_NN, FASTRNN, BASE) if name in calls}
     with pinned(row["threads"]):
         before = limits(case, cell, mode, quick)
-        samples = time_paired(calls, 0.05 if quick else 1.0, min_rounds=3 if quick else 7)
+        samples = time_paired(calls, 0.05 if quick else seconds, min_rounds=3 if quick else 7)
         after = limits(case, cell, mode, quick)
     row |= {key: max(before[key], after[key]) for key in before}
     work, moved = flops(case, cell, mode), traffic(case, cell, mode)
@@ -191,6 +192,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N")
     parser.add_argument("--base", metavar="REV", help="also time this git revision of fastrnn")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="of each library in a row (1)"
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds: for a first look")
     parser.add_argument("--list", action="store_true", help="print the cases and leave")
     options = parser.parse_args(arguments)
@@ -246,7 +250,7 @@ def run(options: argparse.Namespace, rivals: list[Rival], shared: dict[str, Any]
     results: list[Row] = []
     for threads, case, cell, mode in tqdm(plan, unit="case", file=sys.stderr):
         torch.set_num_threads(threads)
-        row = measure(case, cell, mode, options.quick, rivals)
+        row = measure(case, cell, mode, options.quick, rivals, options.seconds)
         results.append(row | shared)
         tqdm.write("\n".join(lines(row)), file=sys.stdout)
         if options.json:  # after every row: an interrupted run keeps what it has
