@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "cpu/scan_cpu.h"
+#include "problem.h"
 #include "products.h"
 #include "step.h"
 
@@ -42,133 +43,6 @@ CellId cell_of(const std::string& name) {
 }
 
 namespace {
-
-// The weights of all groups, by kind. Index of the first group's: the order of the list of an operator.
-struct Weights {
-  std::vector<Tensor> ih, hh, b_ih, b_hh, hr;
-  std::vector<const void*> hh_arrays, b_ih_arrays, b_hh_arrays, hr_arrays;
-  size_t per_group;
-
-  // weight_ih, weight_hh, [bias_ih, bias_hh], [weight_hr] of each group, one after the other
-  Weights(const std::vector<Tensor>& list, int64_t groups) {
-    const int64_t count = static_cast<int64_t>(list.size());
-    STD_TORCH_CHECK(groups > 0 && count % groups == 0 && count / groups >= 2 && count / groups <= 5, "fastrnn: ", count,
-                    " weights are not 2 to 5 for each of ", groups, " groups");
-    per_group = list.size() / static_cast<size_t>(groups);
-    for (size_t i = 0; i < list.size(); i += per_group) {
-      size_t next = i;
-      ih.push_back(as_contiguous(list[next++]));
-      hh.push_back(as_contiguous(list[next++]));
-      if (has_bias()) b_ih.push_back(as_contiguous(list[next++])), b_hh.push_back(as_contiguous(list[next++]));
-      if (projected()) hr.push_back(as_contiguous(list[next++]));
-    }
-  }
-  Weights(const Weights&) = delete;
-
-  bool has_bias() const { return per_group >= 4; }
-  bool projected() const { return per_group % 2 == 1; }
-
-  void check_all(const ScanShape& s, int64_t G, int64_t I, ScalarType dtype) {
-    for (size_t d = 0; d < ih.size(); ++d) {
-      check(ih[d], "weight_ih", {G * s.H, I}, dtype);
-      check(hh[d], "weight_hh", {G * s.H, s.P}, dtype);
-      if (has_bias()) check(b_ih[d], "bias_ih", {G * s.H}, dtype), check(b_hh[d], "bias_hh", {G * s.H}, dtype);
-      if (projected()) check(hr[d], "weight_hr", {s.P, s.H}, dtype);
-    }
-    hh_arrays = arrays(hh), b_ih_arrays = arrays(b_ih), b_hh_arrays = arrays(b_hh), hr_arrays = arrays(hr);
-  }
-
-  static std::vector<const void*> arrays(const std::vector<Tensor>& tensors) {
-    std::vector<const void*> pointers;
-    for (const Tensor& t : tensors) pointers.push_back(t.const_data_ptr());
-    return pointers;
-  }
-  static const void* const* or_null(const std::vector<const void*>& arrays) {
-    return arrays.empty() ? nullptr : arrays.data();
-  }
-};
-
-// What both operators learn from their arguments. Owns the row offsets and batch sizes that `shape` points to.
-struct Problem {
-  ScanShape shape;
-  CellInfo cell;
-  ScalarType dtype;
-  int64_t I;
-  Sizes leading;  // [T, B] dense or [N] packed: the leading dimensions of input and output
-  std::vector<int64_t> offsets;
-  Weights weights;
-
-  Problem(const std::string& cell_name, const Tensor& input, const std::vector<Tensor>& list, const OptionalTensor& h0,
-          const OptionalTensor& batch_sizes, int64_t groups, int64_t direction)
-      : weights(list, groups) {
-    shape.cell = cell_of(cell_name);
-    cell = kCells[static_cast<int>(shape.cell)];
-    STD_TORCH_CHECK(direction >= 0 && direction <= 2, "fastrnn: direction must be 0, 1 or 2, got ", direction);
-    STD_TORCH_CHECK(direction != 2 || groups % 2 == 0, "fastrnn: direction 2 needs an even number of groups, got ",
-                    groups);
-    shape.direction = static_cast<Direction>(direction);
-    dtype = input.scalar_type();
-    shape.dtype = dtype_of(dtype);
-    const int64_t dims = batch_sizes ? 2 : 3;
-    STD_TORCH_CHECK(input.dim() == dims, "fastrnn: the input must have ", dims, " dimensions, got ", input.dim());
-    I = input.size(dims - 1);
-
-    const Tensor& weight_hh = weights.hh[0];
-    STD_TORCH_CHECK(weight_hh.dim() == 2, "fastrnn: weight_hh must have 2 dimensions [G * H, P], got ",
-                    weight_hh.dim());
-    shape.D = groups, shape.H = weight_hh.size(0) / cell.gates, shape.P = weight_hh.size(1);
-    shape.projected = weights.projected();
-    STD_TORCH_CHECK(shape.H > 0 && shape.P > 0, "fastrnn: weight_hh must not be empty, got ",
-                    text(sizes_of(weight_hh)));
-    STD_TORCH_CHECK(!shape.projected || cell.has_c, "fastrnn: weight_hr needs an LSTM, got ", cell_name);
-    STD_TORCH_CHECK(shape.projected || shape.P == shape.H, "fastrnn: weight_hh must have shape [G * H, H], got ",
-                    text(sizes_of(weight_hh)));
-    weights.check_all(shape, cell.gates, I, dtype);
-    if (batch_sizes)
-      take_batch_sizes(*batch_sizes, input.size(0), h0);
-    else
-      take_dense(input.size(0), input.size(1));
-    STD_TORCH_CHECK(shape.T > 0, "fastrnn: Expected sequence length to be larger than 0 in RNN");
-  }
-  Problem(const Problem&) = delete;
-
-  void take_dense(int64_t T, int64_t B) {
-    leading = {T, B};
-    shape.T = T, shape.B = B, shape.N = T * B;
-    shape.batch_sizes = shape.offsets = nullptr;
-  }
-
-  void take_batch_sizes(const Tensor& batch_sizes, int64_t rows, const OptionalTensor& h0) {
-    STD_TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.size(0) > 0 && batch_sizes.is_contiguous() &&
-                        batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.device().type() == DeviceType::CPU,
-                    "fastrnn: batch_sizes must be a contiguous int64 tensor [T] on the CPU, T > 0");
-    check_storage(batch_sizes, "batch_sizes");
-    STD_TORCH_CHECK(h0.has_value(), "fastrnn: packed data needs h0");
-    leading = {rows}, shape.T = batch_sizes.size(0), shape.N = rows;
-    shape.batch_sizes = static_cast<const int64_t*>(batch_sizes.const_data_ptr());
-    shape.B = shape.batch_sizes[0];
-    offsets.assign(1, 0);
-    for (int64_t t = 0; t < shape.T; ++t) {
-      const int64_t n = shape.batch_sizes[t];
-      STD_TORCH_CHECK(n > 0 && n <= rows && (t == 0 || n <= shape.batch_sizes[t - 1]),
-                      "fastrnn: batch_sizes must be positive and must not increase, got ", n, " at step ", t);
-      offsets.push_back(offsets.back() + n);
-    }
-    STD_TORCH_CHECK(offsets.back() == rows, "fastrnn: batch_sizes sum to ", offsets.back(), " rows, the data has ",
-                    rows);
-    shape.offsets = offsets.data();
-  }
-
-  Sizes over_time(int64_t width) const { return {shape.D, shape.N, width}; }
-  Sizes state(int64_t width) const { return {shape.D, shape.B, width}; }
-  Sizes output() const {
-    Sizes sizes = leading;
-    sizes.push_back(shape.D * shape.P);
-    return sizes;
-  }
-  ScalarType compute() const { return compute_dtype(dtype); }
-  bool is_double() const { return dtype == ScalarType::Double; }
-};
 
 // The array of an optional tensor, checked; null where there is none.
 const void* optional_array(const OptionalTensor& t, const char* name, const Sizes& sizes, ScalarType dtype) {

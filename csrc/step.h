@@ -9,7 +9,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "tensors.h"
+#include "problem.h"
 
 namespace fastrnn {
 
@@ -52,8 +52,6 @@ class StepNet {
   std::vector<StepLayer> layers_;
 };
 
-CellId cell_of(const std::string& name);
-Dtype dtype_of(ScalarType dtype);
 std::string take_string(StringHandle handle);
 
 }  // namespace fastrnn

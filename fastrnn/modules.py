@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from . import checks, functional, stream, swap
@@ -18,6 +19,12 @@ class Layer(nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run the layer over a sequence; see the class for shapes and errors."""
+        if not torch.is_grad_enabled() and type(input) is Tensor and input.dim() == 3:
+            data = input.transpose(0, 1) if self.batch_first else input
+            T, B, _ = data.shape
+            if 1 <= T * B <= stream.FEW_ROWS and (result := stream.run(self, data, hx)):
+                output, state = result
+                return (output.transpose(0, 1) if self.batch_first else output), state
         return functional.layers(
             self._spec(), input, self._weights(), hx, self.batch_first, self.dropout, self.training
         )

@@ -22,6 +22,10 @@ from .checks import LayerSpec
 
 T = TypeVar("T")
 
+# Up to this many rows of data (T * B) a sequence runs as steps do: reading the weights where they
+# lie is then faster than the general path's matrix product.
+FEW_ROWS = 4
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

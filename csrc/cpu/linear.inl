@@ -31,6 +31,7 @@ void linear_blocks(const T* input, const W* weight, const Compute<T>* scale, Com
                    int64_t columns, int64_t K, int64_t begin, int64_t end) {
   using S = Compute<T>;
   constexpr int kLanes = Vec<S>::kLanes;
+  const bool cached = columns * K * static_cast<int64_t>(sizeof(W)) <= kCachedBytes;
   alignas(64) S panel[kMaxLinearRows][kLinearChunk];
   for (int64_t column = begin * kLinearBlock; column < end * kLinearBlock && column < columns; column += kLanes) {
     const int n = columns - column < kLanes ? static_cast<int>(columns - column) : kLanes;
@@ -50,7 +51,7 @@ void linear_blocks(const T* input, const W* weight, const Compute<T>* scale, Com
       const Vec<S> factor = scale ? load(scale + column, n) : Vec<S>(S(1));
       for (int64_t r = 0; r < rows; ++r) {
         S* target = result + r * columns + column;
-        store(target, fma(factor, dot_lanes(row, panel[r], width, kLanes * K), load(target, n)), n);
+        store(target, fma(factor, dot_lanes(row, panel[r], width, cached ? 0 : kLanes * K), load(target, n)), n);
       }
     }
   }

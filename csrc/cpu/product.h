@@ -29,23 +29,33 @@ constexpr int kPair = 2;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct PackedShape {
-  int64_t units, gates, K;
-  int lanes;
+  const int64_t units, gates, K, lanes;
+  const int64_t vectors;        // of units
+  const int64_t block_vectors;  // vectors of units of a block
+  const int64_t block_pairs;    // pairs of columns of a block
+  const int64_t blocks;
+  const int64_t run_blocks;  // blocks of a run
+  const int64_t pair_size;   // elements of a pair of columns
 
-  int64_t vectors() const { return ceil_div(units, lanes); }
-  int64_t block_vectors() const { return gates % kPair ? kPair : 1; }
-  int64_t block_pairs() const { return gates * block_vectors() / kPair; }
-  int64_t blocks() const { return ceil_div(vectors(), block_vectors()); }
-  // As many blocks as one run takes.
-  int64_t run_blocks() const { return block_pairs() < kMaxRunPairs ? kMaxRunPairs / block_pairs() : 1; }
-  int64_t pair_size() const { return K * kPair * lanes; }
-  int64_t size() const { return blocks() * block_pairs() * pair_size(); }
-  int64_t columns(int64_t begin, int64_t end) const { return (end - begin) * block_pairs() * kPair; }
+  PackedShape(int64_t units_, int64_t gates_, int64_t K_, int lanes_)
+      : units(units_),
+        gates(gates_),
+        K(K_),
+        lanes(lanes_),
+        vectors(ceil_div(units, lanes)),
+        block_vectors(gates % kPair ? kPair : 1),
+        block_pairs(gates * block_vectors / kPair),
+        blocks(ceil_div(vectors, block_vectors)),
+        run_blocks(block_pairs < kMaxRunPairs ? kMaxRunPairs / block_pairs : 1),
+        pair_size(K * kPair * lanes) {}
+
+  int64_t size() const { return blocks * block_pairs * pair_size; }
+  int64_t columns(int64_t begin, int64_t end) const { return (end - begin) * block_pairs * kPair; }
   // The vectors of units of blocks [begin, end).
-  int64_t first_vector(int64_t block) const { return block * block_vectors(); }
+  int64_t first_vector(int64_t block) const { return block * block_vectors; }
   int64_t vectors_in(int64_t begin, int64_t end) const {
-    const int64_t last = end * block_vectors();
-    return (last < vectors() ? last : vectors()) - first_vector(begin);
+    const int64_t last = end * block_vectors;
+    return (last < vectors ? last : vectors) - first_vector(begin);
   }
 };
 
@@ -81,13 +91,13 @@ template <class T>
 void pack_rows(const T* weight, const PackedShape& s, int64_t block, Compute<T>* packed) {
   using S = Compute<T>;
   constexpr int kLanes = Vec<S>::kLanes;
-  packed += block * s.block_pairs() * s.pair_size();
-  const int64_t columns = s.block_pairs() * kPair;
+  packed += block * s.block_pairs * s.pair_size;
+  const int64_t columns = s.block_pairs * kPair;
   for (int64_t column = 0; column < columns; ++column) {
     const int64_t g = column % s.gates, j = (s.first_vector(block) + column / s.gates) * kLanes;
     const int lanes = s.units - j < kLanes ? static_cast<int>(s.units - j) : kLanes;
     const T* source = weight + (g * s.units + j) * s.K;
-    S* target = packed + column / kPair * s.pair_size() + column % kPair * kLanes;
+    S* target = packed + column / kPair * s.pair_size + column % kPair * kLanes;
     for (int64_t k = 0; k < s.K; k += kLanes) {
       const int width = s.K - k < kLanes ? static_cast<int>(s.K - k) : kLanes;
       Vec<S> square[kLanes];
@@ -104,7 +114,7 @@ template <class T>
 void pack_columns(const T* weight, const PackedShape& s, int64_t block, Compute<T>* packed) {
   using S = Compute<T>;
   constexpr int kLanes = Vec<S>::kLanes;
-  packed += block * s.pair_size();
+  packed += block * s.pair_size;
   const int64_t j = s.first_vector(block) * kLanes, left = s.units - j;
   const int first = left < kLanes ? static_cast<int>(left) : kLanes;
   const int second = left - first < kLanes ? static_cast<int>(left - first) : kLanes;
@@ -187,7 +197,12 @@ ProductTile<S> tile_of(int64_t rows, int64_t pairs) {
 // Rows [first, last) in parts of at most `most`, of near equal size: f(begin, rows).
 template <class F>
 FASTRNN_INLINE void for_parts(int64_t first, int64_t last, int64_t most, F f) {
-  const int64_t rows = last - first, parts = ceil_div(rows, most);
+  const int64_t rows = last - first;
+  if (rows <= most) {
+    if (rows > 0) f(first, rows);
+    return;
+  }
+  const int64_t parts = ceil_div(rows, most);
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t begin = first + rows * i / parts;
     f(begin, first + rows * (i + 1) / parts - begin);
@@ -199,8 +214,8 @@ template <class S>
 void product(const S* panel, int64_t stride, int64_t rows, const S* packed, const PackedShape& s, int64_t begin,
              int64_t end, S* sums) {
   constexpr int kLanes = Vec<S>::kLanes;
-  const int64_t pairs = (end - begin) * s.block_pairs(), row_sums = s.columns(begin, end) * kLanes;
-  packed += begin * s.block_pairs() * s.pair_size();
+  const int64_t pairs = (end - begin) * s.block_pairs, row_sums = s.columns(begin, end) * kLanes;
+  packed += begin * s.block_pairs * s.pair_size;
   const int64_t most_rows = rows < kMaxRows ? rows : kMaxRows;
   const int64_t step = tile_pairs(static_cast<int>(most_rows));
   const int64_t chunk = rows <= kMaxRows ? s.K : kChunk;
@@ -209,8 +224,8 @@ void product(const S* panel, int64_t stride, int64_t rows, const S* packed, cons
     for (int64_t k = 0; k < s.K; k += chunk) {
       const int64_t K = s.K - k < chunk ? s.K - k : chunk;
       for_parts(0, rows, kMaxRows, [&](int64_t first, int64_t count) {
-        tile_of<S>(count, now)(panel + first * stride + k, stride, packed + pair * s.pair_size() + k * kPair * kLanes,
-                               s.pair_size(), K, k > 0, sums + first * row_sums + pair * kPair * kLanes, row_sums);
+        tile_of<S>(count, now)(panel + first * stride + k, stride, packed + pair * s.pair_size + k * kPair * kLanes,
+                               s.pair_size, K, k > 0, sums + first * row_sums + pair * kPair * kLanes, row_sums);
       });
     }
   }
@@ -263,7 +278,7 @@ FASTRNN_INLINE Vec<S> sum_lanes(Vec<S>* sum) {
 }
 
 // The products of kLanes rows of weights of type W, K long, with one x, each in its lane; meanwhile the weights `ahead`
-// elements further on are fetched into the cache.
+// elements further on (0: none) are fetched into the cache.
 template <class W, class S>
 FASTRNN_INLINE Vec<S> dot_lanes(const W* const* row, const S* x, int64_t K, int64_t ahead) {
   using V = Vec<S>;
@@ -279,7 +294,7 @@ FASTRNN_INLINE Vec<S> dot_lanes(const W* const* row, const S* x, int64_t K, int6
     const V now = load(x + k, kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) sum[i] = fma(load(weights[i] + k, kLanes), now, sum[i]);
-    if (k % kLine == 0)
+    if (ahead != 0 && k % kLine == 0)
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) __builtin_prefetch(weights[i] + k + ahead);
   }
@@ -292,6 +307,9 @@ FASTRNN_INLINE Vec<S> dot_lanes(const W* const* row, const S* x, int64_t K, int6
   return sum_lanes<S>(sum);
 }
 
+// Weights of this many bytes stay in the second cache from one step to the next; larger ones are fetched ahead.
+constexpr int64_t kCachedBytes = 1 << 18;
+
 // sums as of `product`, from weight [gates, units, K] where it lies; scale [gates, units]: a factor of each row, or
 // null.
 template <class W, class S>
@@ -299,19 +317,21 @@ void product_direct(const S* panel, int64_t stride, int64_t rows, const W* weigh
                     int64_t begin, int64_t end, S* sums) {
   constexpr int kLanes = Vec<S>::kLanes;
   const int64_t vectors = s.vectors_in(begin, end), row_sums = s.columns(begin, end) * kLanes;
-  const auto row_of = [&](int64_t column, int lane) {  // behind the last unit: that unit again
-    const int64_t j = (s.first_vector(begin) + column / s.gates) * kLanes + lane;
-    return (column % s.gates * s.units + (j < s.units ? j : s.units - 1)) * s.K;
-  };
-  for (int64_t column = 0; column < vectors * s.gates; ++column) {
-    const int64_t g = column % s.gates, j = (s.first_vector(begin) + column / s.gates) * kLanes;
-    const W* row[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) row[lane] = weight + row_of(column, lane);
-    const int64_t ahead = column + 1 < vectors * s.gates ? row_of(column + 1, 0) - row_of(column, 0) : 0;
+  const int64_t gate = s.units * s.K;  // elements from a gate's row of a unit to the next gate's
+  const bool cached = s.gates * gate * static_cast<int64_t>(sizeof(W)) <= kCachedBytes;
+  for (int64_t u = 0; u < vectors; ++u) {
+    const int64_t j = (s.first_vector(begin) + u) * kLanes;
     const int n = s.units - j < kLanes ? static_cast<int>(s.units - j) : kLanes;
-    const Vec<S> factor = scale ? load(scale + g * s.units + j, n) : Vec<S>(S(1));
-    for (int64_t b = 0; b < rows; ++b)
-      store(sums + b * row_sums + column * kLanes, factor * dot_lanes(row, panel + b * stride, s.K, ahead), kLanes);
+    for (int64_t g = 0; g < s.gates; ++g) {
+      const W* row[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane)  // behind the last unit: that unit again
+        row[lane] = weight + g * gate + (j + (lane < n ? lane : n - 1)) * s.K;
+      const int64_t next = g + 1 < s.gates ? gate : u + 1 < vectors ? kLanes * s.K - g * gate : 0;
+      const Vec<S> factor = scale ? load(scale + g * s.units + j, n) : Vec<S>(S(1));
+      for (int64_t b = 0; b < rows; ++b)
+        store(sums + b * row_sums + (u * s.gates + g) * kLanes,
+              factor * dot_lanes(row, panel + b * stride, s.K, cached ? 0 : next), kLanes);
+    }
   }
 }
 

@@ -98,7 +98,7 @@ struct Part {
 
   Part(const PackedShape& shape, const Share& share) {
     const int64_t members = share.team ? share.team->size() : 1;
-    begin = shape.blocks() * share.member / members, end = shape.blocks() * (share.member + 1) / members;
+    begin = shape.blocks * share.member / members, end = shape.blocks * (share.member + 1) / members;
     first = shape.first_vector(begin) * shape.lanes;
     last = first + shape.vectors_in(begin, end) * shape.lanes;
     if (last > shape.units) last = shape.units;
@@ -120,7 +120,7 @@ void copy_row(const From* source, const Part& part, To* target) {
 // [begin, end).
 template <class F>
 void runs(const PackedShape& shape, int64_t begin, int64_t end, int64_t b_begin, int64_t b_end, F f) {
-  const int64_t most = shape.run_blocks();
+  const int64_t most = shape.run_blocks;
   for (int64_t block = begin; block < end; block += most)
     for_parts(b_begin, b_end, kMaxRunRows,
               [&](int64_t b, int64_t rows) { f(b, rows, block, end - block < most ? end : block + most); });
@@ -138,18 +138,18 @@ struct Forward {
 
   static int64_t pack_blocks(const ScanShape& a, const CpuPlan& p) {
     const ForwardScratch<S> s(a, p, G, nullptr);
-    return p.packed ? a.D * (s.hh.blocks() + (a.projected ? s.hr.blocks() : 0)) : 0;
+    return p.packed ? a.D * (s.hh.blocks + (a.projected ? s.hr.blocks : 0)) : 0;
   }
 
-  static int64_t unit_blocks(const ScanShape& a) { return PackedShape{a.H, G, a.P, kLanes}.blocks(); }
+  static int64_t unit_blocks(const ScanShape& a) { return PackedShape(a.H, G, a.P, kLanes).blocks; }
 
   static void pack(const ScanArgs& a, const CpuPlan& p, char* scratch, int64_t index) {
     const ForwardScratch<S> s(a, p, G, scratch);
     const int64_t d = index % a.D, block = index / a.D;
-    if (block < s.hh.blocks())
+    if (block < s.hh.blocks)
       pack_rows(static_cast<const T*>(a.weight_hh[d]), s.hh, block, s.packed_hh + d * s.hh.size());
     else
-      pack_rows(static_cast<const T*>(a.weight_hr[d]), s.hr, block - s.hh.blocks(), s.packed_hr + d * s.hr.size());
+      pack_rows(static_cast<const T*>(a.weight_hr[d]), s.hr, block - s.hh.blocks, s.packed_hr + d * s.hr.size());
   }
 
   static void run(const ScanArgs& args, const CpuPlan& p, char* scratch, const Share& share) {
@@ -187,7 +187,7 @@ struct Forward {
         cell_run(t, b, rows, begin, end);
       });
       if (a.projected)
-        runs(s.hr, 0, s.hr.blocks(), share.b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+        runs(s.hr, 0, s.hr.blocks, share.b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
           multiply(m_row(b), s.c_stride, rows, a.weight_hr[d], s.packed_hr, s.hr, begin, end);
           projection_run(t, b, rows, begin, end);
         });

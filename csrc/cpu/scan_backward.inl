@@ -12,18 +12,18 @@ struct Backward {
   static int64_t pack_blocks(const ScanShape& a, const CpuPlan& plan) {
     const BackwardScratch<S> s(a, G, nullptr);
     if (!plan.packed) return 0;
-    return a.D * (s.hh.blocks() + (a.projected ? s.hr.blocks() : 0));
+    return a.D * (s.hh.blocks + (a.projected ? s.hr.blocks : 0));
   }
 
-  static int64_t unit_blocks(const ScanShape& a) { return PackedShape{a.P, 1, G * a.H, kLanes}.blocks(); }
+  static int64_t unit_blocks(const ScanShape& a) { return PackedShape(a.P, 1, G * a.H, kLanes).blocks; }
 
   static void pack(const ScanBackwardArgs& a, const CpuPlan&, char* scratch, int64_t index) {
     const BackwardScratch<S> s(a, G, scratch);
     const int64_t d = index % a.D, block = index / a.D;
-    if (block < s.hh.blocks())
+    if (block < s.hh.blocks)
       pack_columns(static_cast<const T*>(a.weight_hh[d]), s.hh, block, s.packed_hh + d * s.hh.size());
     else
-      pack_columns(static_cast<const T*>(a.weight_hr[d]), s.hr, block - s.hh.blocks(), s.packed_hr + d * s.hr.size());
+      pack_columns(static_cast<const T*>(a.weight_hr[d]), s.hr, block - s.hh.blocks, s.packed_hr + d * s.hr.size());
   }
 
   static void run(const ScanBackwardArgs& args, const CpuPlan&, char* scratch, const Share& share) {
@@ -65,7 +65,7 @@ struct Backward {
         runs(s.hh, units.begin, units.end, n, active, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
           projected_run(t, b, rows, begin, end, false);
         });
-        runs(s.hr, 0, s.hr.blocks(), b_begin, active, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+        runs(s.hr, 0, s.hr.blocks, b_begin, active, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
           product(dp_row(b), s.dp_stride, rows, s.packed_hr + d * s.hr.size(), s.hr, begin, end, sums.data);
           cell_run(t, b, rows, s.hr, begin, end, true);
         });
