@@ -98,7 +98,7 @@ def cell_of(workload: Workload) -> Call:
 
 
 def contenders(workload: Workload) -> list[Contender]:
-    """Return all that can run the step here; fastrnn's quantized layers if it has them."""
+    """Return all that can run the step here; fastrnn's layers also quantized."""
     found = [
         Contender(FASTRNN, step_of(layer_of(workload), workload)),
         Contender(f"{TORCH_NN} cell", cell_of(workload)),
@@ -106,9 +106,9 @@ def contenders(workload: Workload) -> list[Contender]:
     ]
     if not next(rival for rival in RIVALS if rival.name == "onnxruntime").absent():
         found.append(Contender("onnxruntime", make_onnxruntime(workload)))
-    quantize: Any = getattr(fastrnn, "quantize", None)
-    for weights, part in QUANTIZED.items() if quantize else ():
-        layer = quantize(layer_of(workload), weights=weights)
+    for weights, part in QUANTIZED.items():
+        layer = layer_of(workload)
+        fastrnn.quantize(layer, weights=weights)
         call = step_of(layer, workload)
         found.append(Contender(f"{FASTRNN} {weights}", call, part, ALLOWED[weights]))
     return found

@@ -24,6 +24,7 @@ class Kept {
       if (!memory_) throw std::bad_alloc();
       size_ = bytes;
     }
+    if (poison()) std::memset(memory_.get(), 0xFF, bytes);
     return memory_.get();
   }
 

@@ -123,7 +123,9 @@ def why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
         return f"there are no native kernels for device {data.device.type!r}"
     if data.dtype not in _DTYPES:
         return f"there are no native kernels for {data.dtype}"
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or any(
+        t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors
+    ):
         return "the native kernels have no rules for torch.func transforms"
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
@@ -134,7 +136,7 @@ def why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
 
 def is_plain_native() -> bool:
     """Whether nothing but the native kernels is asked for: no other backend, no transform, no
-    autocast, no tracing or compiling."""
+    autocast, no tracing."""
     return (
         native_error is None
         and get_backend() != "reference"
@@ -144,7 +146,6 @@ def is_plain_native() -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -19,7 +19,13 @@ class Layer(nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run the layer over a sequence; see the class for shapes and errors."""
-        if not torch.is_grad_enabled() and type(input) is Tensor and input.dim() == 3:
+        # Compiling: torch.compile leaves the graph further down, in autograd.py.
+        if (
+            not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and type(input) is Tensor
+            and input.dim() == 3
+        ):
             data = input.transpose(0, 1) if self.batch_first else input
             T, B, _ = data.shape
             if 1 <= T * B <= stream.FEW_ROWS and (result := stream.run(self, data, hx)):

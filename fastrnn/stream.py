@@ -127,7 +127,9 @@ def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
 def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor, Any] | None:
     """The steps of ``module`` over the input by its Stepper; None where the general path has to
     run, or to say what is wrong."""
-    if torch.is_grad_enabled() or not _ops.is_plain_native() or type(input) is not Tensor:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if type(input) is not Tensor or not _ops.is_plain_native():
         return None
     if module.training and module.dropout:
         return None

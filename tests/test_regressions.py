@@ -1,0 +1,166 @@
+"""What was once found wrong, one test each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fw
+from torch import Tensor, nn
+
+import fastrnn
+from compare import check
+
+KINDS = ["RNN", "LSTM", "GRU"]
+needs_auto = pytest.mark.filterwarnings("ignore:fastrnn runs its slow reference")
+
+
+def twins(kind: str, *sizes: int, **options: Any) -> tuple[Any, Any]:
+    theirs = getattr(nn, kind)(*sizes, **options)
+    ours = getattr(fastrnn, kind)(*sizes, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def gradients(
+    module: Any, input: Tensor, cotangent: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    module.to(dtype)
+    leaf = input.detach().to(dtype).requires_grad_()
+    names = ["input", *(name for name, _ in module.named_parameters())]
+    found = torch.autograd.grad(
+        module(leaf)[0], [leaf, *module.parameters()], cotangent.to(dtype)
+    )
+    return dict(zip(names, found, strict=True))
+
+
+@needs_auto
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectorized_jacobian(kind: str) -> None:
+    ours, theirs = twins(kind, 3, 4)
+    input = torch.randn(3, 2, 3)
+    got, expected = (
+        {"jacobian": torch.autograd.functional.jacobian(lambda v: m(v)[0], input, vectorize=True)}  # noqa: B023
+        for m in (ours, theirs)
+    )
+    exact = torch.autograd.functional.jacobian(lambda v: theirs.double()(v)[0], input.double())
+    check(got, expected, {"jacobian": exact})
+
+
+@needs_auto
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_mode_through_a_backward_pass(kind: str) -> None:
+    ours, theirs = twins(kind, 3, 4)
+    tangents = []
+    for module in (ours, theirs.double(), theirs):
+        dtype = torch.float64 if module is theirs else torch.float32
+        torch.manual_seed(0)
+        input = torch.randn(5, 2, 3, dtype=torch.float64).to(dtype).requires_grad_()
+        output = module(input)[0]
+        with fw.dual_level():
+            cotangent = fw.make_dual(torch.ones_like(output), torch.full_like(output, 2.0))
+            (gradient,) = torch.autograd.grad(output, input, cotangent)
+            tangents.append({"tangent": fw.unpack_dual(gradient).tangent})
+    check(tangents[0], {"tangent": tangents[1]["tangent"].float()}, tangents[1])
+
+
+@needs_auto
+@pytest.mark.parametrize("kind", KINDS)
+def test_complex_layers(kind: str) -> None:
+    ours, theirs = twins(kind, 3, 4)
+    ours.to(torch.complex64), theirs.to(torch.complex64)
+    input = torch.randn(5, 2, 3, dtype=torch.complex64)
+    torch.testing.assert_close(ours(input)[0], theirs(input)[0])
+
+
+def test_wrong_weights_are_refused(engine: str) -> None:
+    gru = fastrnn.GRU(3, 4, bidirectional=True, bias=False)
+    gru.weight_ih_l0 = nn.Parameter(torch.randn(14, 3))
+    gru.weight_ih_l0_reverse = nn.Parameter(torch.randn(10, 3))
+    rnn = fastrnn.RNN(3, 4)
+    rnn.bias_ih_l0 = nn.Parameter(torch.randn(10, 4))
+    lstm, wider, fewer = fastrnn.LSTM(3, 4), fastrnn.GRU(3, 4), fastrnn.GRU(3, 4, num_layers=2)
+    lstm.bias = False
+    wider.hidden_size = 5
+    fewer.num_layers = 1
+    for module in (gru, rnn, lstm, wider, fewer):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError)):
+                module(torch.randn(5, 2, 3))
+    unknown = fastrnn.GRU(3, 4)
+    unknown.mode = "X"
+    with pytest.raises(ValueError, match="unknown mode"):
+        unknown(torch.randn(5, 2, 3))
+
+
+@pytest.mark.parametrize("where", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_cotangents_reach_the_weights_as_in_torch(engine: str, kind: str, where: int) -> None:
+    """Also through the zeros that stand for an initial state that was not given."""
+    ours, theirs = twins(kind, 3, 4)
+    input, cotangent = torch.randn(4, 2, 3), torch.ones(4, 2, 4)
+    cotangent[where, 0, 0] = float("nan")
+    check(
+        gradients(ours, input, cotangent, torch.float32),
+        gradients(theirs, input, cotangent, torch.float32),
+        gradients(theirs, input, cotangent, torch.float64),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_tensors_hooks_may_change_the_layout(engine: str, kind: str) -> None:
+    ours, theirs = twins(kind, 3, 4)
+    input, cotangent = torch.randn(4, 2, 3), torch.randn(4, 2, 4)
+
+    def other_layout(t: Tensor) -> Tensor:
+        return t if t.dim() < 2 else t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, other_layout):
+        got = gradients(ours, input, cotangent, torch.float32)
+    check(
+        got,
+        gradients(theirs, input, cotangent, torch.float32),
+        gradients(theirs, input, cotangent, torch.float64),
+    )
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(1, None)], ids=["all", "some steps"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_changed_in_place(engine: str, kind: str, part: slice) -> None:
+    """The gradient is that of the layer as it ran, whatever became of its output."""
+    ours, theirs = twins(kind, 3, 4, num_layers=2)
+    input = torch.randn(4, 2, 3)
+
+    def run(module: Any, dtype: torch.dtype, in_place: bool) -> dict[str, Tensor]:
+        module.to(dtype)
+        leaf = input.to(dtype).requires_grad_()
+        output = module(leaf)[0]
+        loss = (output[part].mul_(3.0) if in_place else 3.0 * output[part]).sum()
+        found = torch.autograd.grad(loss, [leaf, *module.parameters()])
+        return {str(i): g for i, g in enumerate(found)}
+
+    check(
+        run(ours, torch.float32, True),
+        run(theirs, torch.float32, False),
+        run(theirs, torch.float64, False),
+    )
+
+
+def test_output_changed_behind_autograd(engine: str) -> None:
+    ours, _ = twins("GRU", 3, 4)
+    input = torch.randn(4, 2, 3)
+    expected = torch.autograd.grad(ours(input)[0].sum(), list(ours.parameters()))
+    output = ours(input)[0]
+    loss = output.sum()
+    output.detach().zero_()
+    found = torch.autograd.grad(loss, list(ours.parameters()))
+    for got, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, right)
+
+
+def test_gradients_of_both_biases_are_tensors_of_their_own(engine: str) -> None:
+    ours, _ = twins("LSTM", 3, 4)
+    for _ in range(2):
+        ours(torch.randn(4, 2, 3))[0].sum().backward()
+    assert ours.bias_ih_l0.grad.data_ptr() != ours.bias_hh_l0.grad.data_ptr()
