@@ -42,7 +42,8 @@ class Layer(nn.RNNBase):
         than the allocation of the results; a unidirectional net of any number of layers. Call it
         under ``torch.no_grad()`` or ``inference_mode()``: with gradients enabled, on other devices
         and under autocast it runs ``forward``. Weights may change between calls in any way.
-        Dropout between layers applies in training mode, as in ``forward``.
+        Dropout between layers applies in training mode, as in ``forward``; hooks on ``forward`` run
+        only where that does.
 
         Shapes (B batch, I input_size, H hidden_size, P size of h, L num_layers):
             * input [B, I], or unbatched [I]

@@ -45,12 +45,10 @@ class Stepper:
     def __init__(self, module: nn.Module, spec: LayerSpec, weights: StepWeights) -> None:
         self.spec, self.has_c = spec, spec.has_c
         self.held = [
-            (store, name, t)
+            (name in module._parameters, name, t)
             for names, layer in zip(weights.names, weights.layers, strict=True)
             for name, t in zip(names, layer, strict=True)
             if name is not None and t is not None
-            for store in (module._parameters, module._buffers)
-            if name in store
         ]
         tensors = [torch.empty(0) if t is None else t for layer in weights.layers for t in layer]
         self.net: int = torch.ops.fastrnn.step_net(
@@ -58,10 +56,14 @@ class Stepper:
         )
         weakref.finalize(self, torch.ops.fastrnn.step_free, self.net)
 
-    def is_current(self) -> bool:
-        """Whether every weight is still the tensor it was. Whether it lies where it lay, the
-        operators find out."""
-        return all(store.get(name) is held for store, name, held in self.held)
+    def is_current(self, module: nn.Module) -> bool:
+        """Whether every weight of the module is the tensor it was. Whether it lies where it lay,
+        the operators find out."""
+        parameters, buffers = module._parameters, module._buffers
+        for is_parameter, name, held in self.held:
+            if (parameters if is_parameter else buffers).get(name) is not held:
+                return False
+        return True
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -134,7 +136,7 @@ def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor
     if module.training and module.dropout:
         return None
     stepper: Stepper | None = module.__dict__.get("_stepper")
-    if stepper is not None and stepper.is_current():
+    if stepper is not None and stepper.is_current(module):
         try:
             return stepper.run(input, state, out)
         except (RuntimeError, TypeError, ValueError):  # tried again below, and then by forward

@@ -212,6 +212,19 @@ def test_copies_and_pickles_step_on_their_own(engine: str) -> None:
         pickle.dumps(layer)
 
 
+def test_a_replica_steps_over_its_own_weights(engine: str) -> None:
+    """DataParallel copies a module's attributes and gives the copy other parameters."""
+    layer, _ = make("gru")
+    frame, state = torch.randn(1, 3), torch.randn(1, 1, 9)
+    with torch.no_grad():
+        layer.step(frame, state)  # type: ignore[operator]
+        replica = layer._replicate_for_data_parallel()  # type: ignore[operator]
+        for name, p in layer.named_parameters():
+            setattr(replica, name, torch.randn(p.shape))
+        expected = replica(torch.cat([frame[None]] * 9), state)[0][0]
+        torch.testing.assert_close(replica.step(frame, state)[0], expected)
+
+
 WRONG: dict[str, tuple[tuple[Any, ...], type[Exception]]] = {
     "input 3-D": ((torch.zeros(1, 2, 3),), ValueError),
     "input 0-D": ((torch.zeros(()),), ValueError),
