@@ -6,13 +6,13 @@ state dict and repr. What is fastrnn's own is ``forward``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
-from . import functional, swap
+from . import checks, functional, stream, swap
 
 Device = torch.device | str | int | None
 
@@ -20,9 +20,49 @@ Device = torch.device | str | int | None
 class _Cell(RNNCellBase):
     """What the three cells share."""
 
+    _mode: str  # of the layer with the same cell
+
     def to_torch(self) -> nn.Module:
         """An independent ``torch.nn`` cell with equal parameters."""
         return swap.to_torch(self)
+
+    def _stepped(self, input: Any, hx: Any) -> Any:
+        """The call as a step of a layer, for few rows without gradients; None where the general
+        path has to run, or to say what is wrong."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        if type(input) is not Tensor or input.dim() != 2 or not 0 < len(input) <= stream.FEW_ROWS:
+            return None
+        if isinstance(hx, Tensor):
+            state: Any = hx.unsqueeze(0)
+        elif isinstance(hx, tuple) and all(isinstance(s, Tensor) for s in hx):
+            state = tuple(s.unsqueeze(0) for s in hx)
+        elif hx is None:
+            state = None
+        else:
+            return None
+        result = stream.run(self, input, state)
+        if result is None:
+            return None
+        new = result[1]
+        return tuple(s.squeeze(0) for s in new) if isinstance(new, tuple) else new.squeeze(0)
+
+    def _new_stepper(self) -> stream.Stepper | None:
+        names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
+        mode = self._mode
+        if mode == "RNN":
+            nonlinearity = cast(str, self.nonlinearity)
+            if nonlinearity not in ("tanh", "relu"):
+                return None
+            mode = f"RNN_{nonlinearity.upper()}"
+        spec = checks.layer_spec(
+            mode, self.input_size, self.hidden_size, 0, 1, False, bool(self.bias)
+        )
+        weights = [self._parameters.get(name) for name in names]
+        found = [w for w in weights if w is not None]
+        if len(found) < len(names) or not stream.can_step(spec, found):
+            return None
+        return stream.Stepper(self, spec, stream.weights_of_layers(spec, names, found))
 
 
 class RNNCell(_Cell):
@@ -48,6 +88,7 @@ class RNNCell(_Cell):
     """
 
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
+    _mode = "RNN"
     nonlinearity: str
 
     def __init__(
@@ -64,6 +105,8 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next state; see the class for shapes and errors."""
+        if (stepped := self._stepped(input, hx)) is not None:
+            return cast(Tensor, stepped)
         return functional.rnn_cell(
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
             nonlinearity=self.nonlinearity,
@@ -90,6 +133,8 @@ class LSTMCell(_Cell):
         >>> h, c = fastrnn.LSTMCell(10, 20)(torch.randn(3, 10))
     """
 
+    _mode = "LSTM"
+
     def __init__(
         self,
         input_size: int,
@@ -104,6 +149,8 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The next state; see the class for shapes and errors."""
+        if (stepped := self._stepped(input, hx)) is not None:
+            return cast(tuple[Tensor, Tensor], stepped)
         return functional.lstm_cell(
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         )
@@ -120,6 +167,8 @@ class GRUCell(_Cell):
         >>> h = fastrnn.GRUCell(10, 20)(torch.randn(3, 10))
     """
 
+    _mode = "GRU"
+
     def __init__(
         self,
         input_size: int,
@@ -132,6 +181,8 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next state; see the class for shapes and errors."""
+        if (stepped := self._stepped(input, hx)) is not None:
+            return cast(Tensor, stepped)
         return functional.gru_cell(
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         )

@@ -43,7 +43,7 @@ class Stepper:
     without it."""
 
     def __init__(self, module: nn.Module, spec: LayerSpec, weights: StepWeights) -> None:
-        self.spec, self.has_c = spec, spec.has_c
+        self.kind, self.has_c = kind_of(module), spec.has_c
         self.held = [
             (name in module._parameters, name, t)
             for names, layer in zip(weights.names, weights.layers, strict=True)
@@ -57,8 +57,10 @@ class Stepper:
         weakref.finalize(self, torch.ops.fastrnn.step_free, self.net)
 
     def is_current(self, module: nn.Module) -> bool:
-        """Whether every weight of the module is the tensor it was. Whether it lies where it lay,
-        the operators find out."""
+        """Whether the module is of the kind it was, and every weight the tensor it was. Whether it
+        lies where it lay, the operators find out."""
+        if kind_of(module) != self.kind:
+            return False
         parameters, buffers = module._parameters, module._buffers
         for is_parameter, name, held in self.held:
             if (parameters if is_parameter else buffers).get(name) is not held:
@@ -110,6 +112,12 @@ def weights_of_layers(
     )
 
 
+def kind_of(module: nn.Module) -> str | None:
+    """What the cell of a layer (its mode) or of a cell (its nonlinearity) depends on."""
+    attributes = module.__dict__
+    return attributes.get("mode") or attributes.get("nonlinearity")
+
+
 def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
     """Whether a Stepper can read these weights."""
     first = tensors[0]
@@ -133,7 +141,7 @@ def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor
         return None
     if type(input) is not Tensor or not _ops.is_plain_native():
         return None
-    if module.training and module.dropout:
+    if module.training and module.__dict__.get("dropout"):
         return None
     stepper: Stepper | None = module.__dict__.get("_stepper")
     if stepper is not None and stepper.is_current(module):

@@ -212,6 +212,49 @@ def test_copies_and_pickles_step_on_their_own(engine: str) -> None:
         pickle.dumps(layer)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("B", [1, 4, 5])
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cells_without_gradients(
+    engine: str, name: str, B: int, bias: bool, dtype: torch.dtype
+) -> None:
+    """Few rows run as steps do; the numbers and errors are those of the general path."""
+    for options in ({}, {"nonlinearity": "relu"}) if name == "RNNCell" else ({},):
+        theirs = getattr(nn, name)(5, 19, bias=bias, **options).to(dtype)
+        ours = getattr(fastrnn, name)(5, 19, bias=bias, dtype=dtype, **options)
+        ours.load_state_dict(theirs.state_dict())
+        input, h = torch.randn(B, 5).to(dtype), torch.randn(B, 19).to(dtype)
+        state: Any = (h, torch.randn(B, 19).to(dtype)) if name == "LSTMCell" else h
+        double = copy.deepcopy(theirs).double()
+        wide = tuple(s.double() for s in state) if name == "LSTMCell" else h.double()
+        with torch.no_grad():
+            for hx, hx64 in ((state, wide), (None, None)):
+                results = ours(input, hx), theirs(input, hx), double(input.double(), hx64)
+                check(*(
+                    dict(zip("hc", r if isinstance(r, tuple) else (r,), strict=False))
+                    for r in results
+                ))  # fmt: skip
+            before = ours(input, state)
+            ours.weight_hh.data.mul_(0.5)
+            changed = ours(input, state)
+            assert not torch.equal(changed[0], before[0])
+            for wrong in (torch.zeros(B, 6).to(dtype), torch.zeros(B, 5, 1).to(dtype)):
+                with pytest.raises((RuntimeError, ValueError), match=r"size|Expected"):
+                    ours(wrong, state)
+
+
+def test_a_cell_of_another_nonlinearity(engine: str) -> None:
+    cell, input = fastrnn.RNNCell(3, 4), torch.randn(1, 3)
+    with torch.no_grad():
+        cell(input)
+        cell.nonlinearity = "relu"
+        assert (cell(input) >= 0).all()
+        cell.nonlinearity = "cubic"
+        with pytest.raises(RuntimeError, match="cubic"):
+            cell(input)
+
+
 def test_a_replica_steps_over_its_own_weights(engine: str) -> None:
     """DataParallel copies a module's attributes and gives the copy other parameters."""
     layer, _ = make("gru")
