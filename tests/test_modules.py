@@ -40,9 +40,11 @@ def test_layer(engine: str, cell: str, dtype: str, case: Case) -> None:
     check(problem.run(fastrnn), torch_same, ref64)
 
 
+# Probabilities that scale what is kept by a power of two: integer data stay integers, and no
+# rounding decides on which side of its kink a ReLU is (see fastrnn.parity.Sampler).
 DROPOUT = (
     Case("dropout", "masks between layers", layers=3, dropout=0.5, H=24),
-    Case("dropout-bidirectional", "masks over both directions", layers=2, dropout=0.25,
+    Case("dropout-bidirectional", "masks over both directions", layers=2, dropout=0.75,
          bidirectional=True, batch_first=True),
     Case("dropout-packed", "masks over packed data", layers=2, dropout=0.5,
          lengths=(2, 6, 1, 6)),
