@@ -64,7 +64,8 @@ sanitize: env $(VENV)/package.stamp
 		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)/tests
 	$(SANITIZE_RUN) -m pytest -q -p no:cacheprovider \
-		tests/test_ops.py tests/test_errors.py tests/test_errors_low_level.py
+		tests/test_ops.py tests/test_stream.py tests/test_quantize.py \
+		tests/test_errors.py tests/test_errors_low_level.py
 	$(SANITIZE_RUN) tests/fuzz.py --n 300
 
 fuzz: build
