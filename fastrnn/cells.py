@@ -116,7 +116,10 @@ class RNNCell(_Cell):
 class LSTMCell(_Cell):
     r"""One step of an LSTM, a drop-in for ``torch.nn.LSTMCell``.
 
-    The formula of :class:`fastrnn.LSTM` for one step.
+    .. math::
+        i, f, o &= \sigma(W x + b_{ih} + U h + b_{hh}) \quad
+        g = \tanh(W_g x + b_{ig} + U_g h + b_{hg}) \\
+        c' &= f \odot c + i \odot g \qquad h' = o \odot \tanh(c')
 
     Shapes (B batch, I input_size, H hidden_size): input [B, I] or [I]; hx (h, c), each [B, H] or
     [H], zeros by default; result (h', c') shaped as hx.

@@ -35,6 +35,8 @@ def rnn(
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Elman RNN: ``h' = act(W_ih x + b_ih + W_hh h + b_hh)``, act = tanh or relu.
 
+    float32, float64, bfloat16 or float16, one dtype for all tensors.
+
     Args:
         input: [T, B, I], [B, T, I] with ``batch_first``, unbatched [T, I], or a PackedSequence.
         weights: for each layer and direction weight_ih [H, I] (D * H columns above layer 0),
@@ -253,7 +255,8 @@ def rnn_cell(
     *,
     nonlinearity: str = "tanh",
 ) -> Tensor:
-    """One step of :func:`rnn`: input [B, I] or [I], hx [B, H] or [H] (None: zeros) -> h'.
+    """One step of :func:`rnn`, ``h' = act(W_ih x + b_ih + W_hh h + b_hh)``: input [B, I] or [I],
+    hx [B, H] or [H] (None: zeros) -> h'; weight_ih [H, I], weight_hh [H, H], biases [H].
 
     Raises:
         ValueError, RuntimeError: arguments of wrong shape, dtype or device, as torch.nn raises.
@@ -272,7 +275,8 @@ def lstm_cell(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of :func:`lstm`: input [B, I] or [I], hx (h, c) [B, H] or [H] -> (h', c').
+    """One step of :func:`lstm`, by its formula: input [B, I] or [I], hx (h, c) [B, H] or [H] (None:
+    zeros) -> (h', c'); weight_ih [4 H, I], weight_hh [4 H, H], biases [4 H].
 
     Raises:
         ValueError, RuntimeError, TypeError: arguments of wrong shape, dtype, device or type, as
@@ -289,7 +293,8 @@ def gru_cell(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
 ) -> Tensor:
-    """One step of :func:`gru`: input [B, I] or [I], hx [B, H] or [H] (None: zeros) -> h'.
+    """One step of :func:`gru`, by its formula: input [B, I] or [I], hx [B, H] or [H] (None: zeros)
+    -> h'; weight_ih [3 H, I], weight_hh [3 H, H], biases [3 H].
 
     Raises:
         ValueError, RuntimeError: arguments of wrong shape, dtype or device, as torch.nn raises.
@@ -329,3 +334,6 @@ def _cell(
     _, h_n, c_n = layer(cell, data, weights, h0, c0, None, 1, 0)
     h, c = h_n.squeeze(0), c_n.squeeze(0) if lstm_like else c_n
     return (h, c) if batched else (h.squeeze(0), c.squeeze(0) if lstm_like else c)
+
+
+__all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]

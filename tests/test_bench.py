@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,15 +33,6 @@ TINY_PACKED = cases.Case("tiny-packed", "packed", T=4, B=2, H=8, lengths=(4, 2))
 TINY_STACK = cases.Case("tiny-stack", "both directions", 3, 2, 8, 5, layers=2, bidirectional=True)
 TINY_STREAM = cases.Case("tiny-stream", "a state is given", T=1, B=1, H=8, carried=True)
 OWN = [rival for rival in rivals.RIVALS if rival.name in ("torch.nn", "fastrnn")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices on two threads of a busy machine take longer than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import gzip
 import math
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,15 +31,6 @@ FILES = {
 def idx(shape: tuple[int, ...]) -> bytes:
     header = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
     return header + bytes(i % 10 for i in range(math.prod(shape)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices on two threads of a busy machine take longer than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
