@@ -1,8 +1,8 @@
 // Activation functions of recurrent cells, written once for every value type.
 //
 // A value type V is a float or double, or a vector of either (cpu/vec.h). It has V(number), +, -, *, /, comparisons,
-// select(mask, a, b), fma(a, b, c) = a * b + c (fused where the target fuses) and pow2_rounded. Nothing here touches
-// memory.
+// select(mask, a, b), at_most and at_least (which let NaN pass), fma(a, b, c) = a * b + c (fused where the target fuses)
+// and pow2_rounded. Nothing here touches memory.
 //
 // Errors are maxima over the whole range, measured by tests/cpp/math_test.cpp against long double:
 //   sigmoid  float 3.0 ulp, double 3.0 ulp; exactly 0 below -88.4 (-709.4), exactly 1 above 17.4 (37.5)
@@ -38,6 +38,10 @@ using Scalar = typename ScalarOf<V>::type;
 // The scalar value types.
 FASTRNN_FN float select(bool mask, float a, float b) { return mask ? a : b; }
 FASTRNN_FN double select(bool mask, double a, double b) { return mask ? a : b; }
+FASTRNN_FN float at_most(float x, float most) { return most < x ? most : x; }
+FASTRNN_FN double at_most(double x, double most) { return most < x ? most : x; }
+FASTRNN_FN float at_least(float x, float least) { return least > x ? least : x; }
+FASTRNN_FN double at_least(double x, double least) { return least > x ? least : x; }
 FASTRNN_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FASTRNN_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
@@ -118,9 +122,7 @@ struct ExpRange<double> {
 
 template <class V>
 FASTRNN_FN V clamp(V x, double low, double high) {  // NaN passes through
-  const V lo = V(low), hi = V(high);
-  x = select(x > hi, hi, x);
-  return select(x < lo, lo, x);
+  return at_least(at_most(x, V(high)), V(low));
 }
 
 // y = n ln(2) + r: returns expm1(r), sets scale = 2^n. `y` lies in [kExpMin, kExpMax].

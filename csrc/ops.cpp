@@ -6,6 +6,7 @@
 #include "cpu/scan_cpu.h"
 #include "problem.h"
 #include "products.h"
+#include "scratch.h"
 #include "step.h"
 
 namespace fastrnn {
@@ -51,22 +52,10 @@ const void* optional_array(const OptionalTensor& t, const char* name, const Size
   return t->const_data_ptr();
 }
 
-// Scratch memory of a pass: a buffer that each thread keeps, or where that is too small a tensor.
-constexpr size_t kKeptScratch = 256 * 1024;
-
 template <class Args>
 void run(const Args& args) {
-  alignas(64) static thread_local char kept[kKeptScratch];
-  OptionalTensor memory;
-  scan_cpu(args, [&](size_t bytes) {
-    if (bytes <= kKeptScratch) {
-      if (poison()) std::memset(kept, 0xFF, bytes);
-      return kept;
-    }
-    memory = make({static_cast<int64_t>(bytes) + 64}, ScalarType::Byte);
-    const auto address = reinterpret_cast<uintptr_t>(memory->mutable_data_ptr());
-    return reinterpret_cast<char*>((address + 63) / 64 * 64);
-  });
+  PassScratch<> scratch;
+  scan_cpu(args, [&](size_t bytes) { return scratch.get(bytes); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tensor input_, std::vector<Tensor> list,
@@ -78,31 +67,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tens
   const OptionalTensor h0 = as_contiguous(h0_), c0 = as_contiguous(c0_);
   const Problem p(cell, input, list, h0, batch_sizes, groups, direction);
   const ScanShape& s = p.shape;
-  const int64_t G = p.cell.gates, A = p.cell.saved;
+  const int64_t A = p.cell.saved;
   const bool has_c = p.cell.has_c;
   check(input, "the input", sizes_of(input), p.dtype);
   STD_TORCH_CHECK(has_c || !c0, "fastrnn: ", cell, " has no cell state, but c0 was given");
 
   ScanArgs a;
   static_cast<ScanShape&>(a) = s;
-  a.weight_hh = p.weights.hh_arrays.data();
+  a.I = p.I, a.input = input.const_data_ptr();
+  a.weight_ih = p.weights.ih_arrays.data(), a.weight_hh = p.weights.hh_arrays.data();
+  a.scale_ih = a.scale_hh = nullptr;
   a.bias_ih = Weights::or_null(p.weights.b_ih_arrays), a.bias_hh = Weights::or_null(p.weights.b_hh_arrays);
   a.weight_hr = Weights::or_null(p.weights.hr_arrays);
   a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype);
   a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype);
 
   const Sizes none = {0};
-  const Tensor gates = make(p.over_time(G * s.H), p.compute());
   Tensor output = make(p.output(), p.dtype), h_n = make(p.state(s.P), p.dtype);
   Tensor c_n = make(has_c ? p.state(s.H) : none, p.dtype);
   Tensor cells = make(save && has_c ? p.over_time(s.H) : none, p.compute());
   Tensor saved = make(save ? p.over_time(A * s.H) : none, p.dtype);
-  a.gates = gates.const_data_ptr();
   a.output = output.mutable_data_ptr(), a.h_n = h_n.mutable_data_ptr();
   a.c_n = has_c ? c_n.mutable_data_ptr() : nullptr;
   a.cells = save && has_c ? cells.mutable_data_ptr() : nullptr;
   a.saved = save && A > 0 ? saved.mutable_data_ptr() : nullptr;
-  input_product(s, input, p.weights.ih, gates);
   run(a);
   return {output, h_n, c_n, cells, saved};
 }

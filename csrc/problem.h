@@ -14,7 +14,7 @@ Dtype dtype_of(ScalarType dtype);
 // The weights of all groups, by kind. Index of the first group's: the order of the list of an operator.
 struct Weights {
   std::vector<Tensor> ih, hh, b_ih, b_hh, hr;
-  std::vector<const void*> hh_arrays, b_ih_arrays, b_hh_arrays, hr_arrays;
+  std::vector<const void*> ih_arrays, hh_arrays, b_ih_arrays, b_hh_arrays, hr_arrays;
   size_t per_group;
 
   // weight_ih, weight_hh, [bias_ih, bias_hh], [weight_hr] of each group, one after the other
@@ -43,7 +43,7 @@ struct Weights {
       if (has_bias()) check(b_ih[d], "bias_ih", {G * s.H}, dtype), check(b_hh[d], "bias_hh", {G * s.H}, dtype);
       if (projected()) check(hr[d], "weight_hr", {s.P, s.H}, dtype);
     }
-    hh_arrays = arrays(hh), b_ih_arrays = arrays(b_ih), b_hh_arrays = arrays(b_hh), hr_arrays = arrays(hr);
+    ih_arrays = arrays(ih), hh_arrays = arrays(hh), b_ih_arrays = arrays(b_ih), b_hh_arrays = arrays(b_hh), hr_arrays = arrays(hr);
   }
 
   static std::vector<const void*> arrays(const std::vector<Tensor>& tensors) {

@@ -48,31 +48,6 @@ Tensor to_storage(const Tensor& t, Dtype dtype, ScalarType storage) {
   return result;
 }
 
-void input_product(const ScanShape& s, const Tensor& input, const std::vector<Tensor>& weight_ih, const Tensor& gates) {
-  const int64_t I = input.size(input.dim() - 1), columns = gates.size(2);
-  if (s.N == 0 || I == 0) return;
-  if (s.N <= kMaxLinearRows) {
-    const size_t size = s.dtype == Dtype::kDouble ? 8 : 4;
-    char* result = static_cast<char*>(gates.mutable_data_ptr());
-    const void* x = input.const_data_ptr();
-    const int64_t blocks = (columns + kLinearBlock - 1) / kLinearBlock;
-    for (int64_t d = 0; d < s.D; ++d) {
-      const void* weight = weight_ih[static_cast<size_t>(d)].const_data_ptr();
-      char* target = result + static_cast<size_t>(d * s.N * columns) * size;
-      const int64_t grain = std::max<int64_t>(1, 8 * kMinElementsPerThread / (kLinearBlock * I));
-      in_parallel(blocks, grain, [&](int64_t begin, int64_t end) {
-        cpu_kernels().linear({s.dtype, WeightType::kStorage, x, weight, nullptr, target, s.N, columns, I}, begin, end);
-      });
-    }
-    return;
-  }
-  const Tensor x = to_compute(input, s.dtype), rows = matrix(x, s.N, I, I, 1, 0);
-  for (int64_t d = 0; d < s.D; ++d) {
-    const Tensor weight = to_compute(weight_ih[static_cast<size_t>(d)], s.dtype);
-    multiply(matrix(gates, s.N, columns, columns, 1, d * s.N * columns), rows, matrix(weight, I, columns, 1, I, 0));
-  }
-}
-
 void outer_product(const Tensor& result, int64_t target_row, int64_t target_rows, int64_t K, const Rows& a,
                    int64_t column, int64_t a_first, const Rows& b, int64_t b_first, int64_t rows, bool add) {
   const Tensor target = matrix(result, target_rows, K, K, 1, target_row * K);

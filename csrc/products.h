@@ -1,4 +1,4 @@
-// The matrix products around a scan on the CPU: of the input before it, of the gradients after it.
+// The matrix products after a backward scan on the CPU: the gradients of weights and input.
 //
 // 16-bit tensors are multiplied in float32: everything between the storage types of two layers is exact to float.
 #pragma once
@@ -11,9 +11,6 @@ namespace fastrnn {
 Tensor to_compute(const Tensor& t, Dtype dtype);
 // And back: the tensor itself, or a copy in the 16-bit dtype.
 Tensor to_storage(const Tensor& t, Dtype dtype, ScalarType storage);
-
-// gates [D, N, G * H] (compute dtype) = input [N, I] * weight_ih[d] [G * H, I]^T
-void input_product(const ScanShape& s, const Tensor& input, const std::vector<Tensor>& weight_ih, const Tensor& gates);
 
 // Rows [first, first + rows) of one group of an array over time: [N, width] of [D, N, width], or of the output
 // [N, D, width].

@@ -1,8 +1,8 @@
 // The contract of a pass: what `scan` and `scan_backward` compute and where every buffer lies.
 // Kernels see these structs and nothing of torch.
 //
-// Dimension key: T time, B batch, N rows of data (T * B, or the sum of batch_sizes of packed data), H hidden,
-// P size of h (H, or proj_size), G gates, A saved activations, R gates with a recurrent gradient of their own (kOwn),
+// Dimension key: T time, B batch, N rows of data (T * B, or the sum of batch_sizes of packed data), I input,
+// H hidden, P size of h (H, or proj_size), G gates, A saved activations, R gates with a recurrent gradient of their own (kOwn),
 // D groups with weights of their own (directions, members of an ensemble).
 //
 // Row (t, b) of the data is row offsets[t] + b. Rows b < active(t) take part in step t; batch sizes never increase,
@@ -46,8 +46,11 @@ struct ScanShape {
 // Weights: [D] pointers, one for each group. Arrays over time have the group first, but for the output, in which the
 // groups of a row lie side by side, as the next layer reads them.
 struct ScanArgs : ScanShape {
-  const void* gates;             // Compute [D, N, G, H] input products W_ih x
+  int64_t I;
+  const void* input;             // Storage [N, I]
+  const void* const* weight_ih;  // [D] Storage (or weight_type) [G, H, I]
   const void* const* weight_hh;  // [D] Storage (or weight_type) [G, H, P]
+  const float* const* scale_ih;  // [D] [G, H], kInt8 only
   const float* const* scale_hh;  // [D] [G, H], kInt8 only
   const void* const* bias_ih;    // [D] Storage [G, H] added to the input products, or null: 0
   const void* const* bias_hh;    // [D] Storage [G, H] added to the recurrent products, or null: 0

@@ -2,45 +2,20 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <tuple>
 #include <unordered_map>
 
 #include "cpu/scan_cpu.h"
+#include "scratch.h"
 
 namespace fastrnn {
 namespace {
 
-// Memory that a thread keeps from step to step.
-class Kept {
- public:
-  char* get(size_t bytes) {
-    if (bytes > size_) {
-      size_ = 0;
-      memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-      if (!memory_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    if (poison()) std::memset(memory_.get(), 0xFF, bytes);
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  size_t size_ = 0;
-};
-
 const void* at(const void* array, size_t bytes) { return array ? static_cast<const char*>(array) + bytes : nullptr; }
 void* at(void* array, size_t bytes) { return array ? static_cast<char*>(array) + bytes : nullptr; }
 
-// Weights from which on another thread pays for an input product.
-constexpr int64_t kMinWeightsPerThread = 1 << 18;
 constexpr size_t kWeightsPerLayer = 7;
 
 }  // namespace
@@ -88,55 +63,31 @@ bool StepNet::is_current() const {
   return true;
 }
 
-// gates [rows, G * H] = x [rows, K] * weight_ih^T, a few rows at a time
-void StepNet::input_product(const StepLayer& layer, const void* x, int64_t rows, int64_t K, char* gates) const {
-  const size_t item = static_cast<size_t>(item_size(dtype_));
-  const size_t compute = static_cast<size_t>(item_size(compute_dtype(dtype_)));
-  const int64_t columns = kCells[static_cast<int>(shape_.cell)].gates * shape_.H;
-  const int64_t blocks = (columns + kLinearBlock - 1) / kLinearBlock;
-  for (int64_t r = 0; r < rows; r += kMaxLinearRows) {
-    const LinearArgs linear{shape_.dtype,
-                            shape_.weight_type,
-                            static_cast<const char*>(x) + static_cast<size_t>(r * K) * item,
-                            layer.weight_ih,
-                            layer.scale_ih,
-                            gates + static_cast<size_t>(r * columns) * compute,
-                            rows - r < kMaxLinearRows ? rows - r : kMaxLinearRows,
-                            columns,
-                            K};
-    if (columns * K < 2 * kMinWeightsPerThread)
-      cpu_kernels().linear(linear, 0, blocks);
-    else
-      torch::stable::parallel_for(0, blocks, 1 + kMinWeightsPerThread / (kLinearBlock * K),
-                                  [&](int64_t begin, int64_t end) { cpu_kernels().linear(linear, begin, end); });
-  }
-}
-
 void StepNet::run(int64_t T, int64_t B, const void* input, const void* h, const void* c, void* output, void* h_n,
                   void* c_n) const {
   if (T == 0 || B == 0) return;
-  static thread_local Kept gates_memory, scratch_memory, output_memory[2];
+  PassScratch<0> scratch;
+  PassScratch<1> odd_output;
+  PassScratch<2> even_output;
   ScanArgs a{};
   static_cast<ScanShape&>(a) = shape_;
   a.T = T, a.B = B, a.N = T * B;
-  const int64_t G = kCells[static_cast<int>(a.cell)].gates;
   const size_t item = static_cast<size_t>(item_size(dtype_));
   const size_t h_bytes = static_cast<size_t>(B * a.P) * item, c_bytes = static_cast<size_t>(B * a.H) * item;
-  char* const gates = gates_memory.get(static_cast<size_t>(a.N * G * a.H * item_size(compute_dtype(dtype_))));
-  a.gates = gates;
-  const void* x = input;
+  a.I = I_, a.input = input;
   for (size_t i = 0; i < layers_.size(); ++i) {
     const StepLayer& layer = layers_[i];
-    input_product(layer, x, a.N, i == 0 ? I_ : a.P, gates);
+    a.weight_ih = &layer.weight_ih, a.scale_ih = &layer.scale_ih;
     a.weight_hh = &layer.weight_hh, a.scale_hh = &layer.scale_hh;
     a.bias_ih = layer.bias_ih ? &layer.bias_ih : nullptr, a.bias_hh = layer.bias_hh ? &layer.bias_hh : nullptr;
     a.weight_hr = layer.weight_hr ? &layer.weight_hr : nullptr, a.projected = layer.weight_hr != nullptr;
     a.h0 = at(h, i * h_bytes), a.c0 = at(c, i * c_bytes);
     a.h_n = at(h_n, i * h_bytes), a.c_n = at(c_n, i * c_bytes);
     const bool last = i + 1 == layers_.size();
-    a.output = last && output ? output : output_memory[i % 2].get(static_cast<size_t>(T) * h_bytes);
-    scan_cpu(a, [](size_t bytes) { return scratch_memory.get(bytes); });
-    x = a.output;
+    const size_t bytes = static_cast<size_t>(T) * h_bytes;
+    a.output = last && output ? output : i % 2 ? odd_output.get(bytes) : even_output.get(bytes);
+    scan_cpu(a, [&](size_t bytes) { return scratch.get(bytes); });
+    a.I = a.P, a.input = a.output;
   }
 }
 

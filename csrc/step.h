@@ -42,8 +42,6 @@ class StepNet {
   int64_t L() const { return static_cast<int64_t>(layers_.size()); }
 
  private:
-  void input_product(const StepLayer& layer, const void* x, int64_t rows, int64_t K, char* gates) const;
-
   ScanShape shape_;
   ScalarType dtype_;
   int64_t I_;

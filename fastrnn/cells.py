@@ -27,11 +27,11 @@ class _Cell(RNNCellBase):
         return swap.to_torch(self)
 
     def _stepped(self, input: Any, hx: Any) -> Any:
-        """The call as a step of a layer, for few rows without gradients; None where the general
+        """The call as a step of a layer, without gradients; None where the general
         path has to run, or to say what is wrong."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return None
-        if type(input) is not Tensor or input.dim() != 2 or not 0 < len(input) <= stream.FEW_ROWS:
+        if type(input) is not Tensor or input.dim() != 2 or not len(input):
             return None
         if isinstance(hx, Tensor):
             state: Any = hx.unsqueeze(0)

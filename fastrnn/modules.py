@@ -23,12 +23,14 @@ class Layer(nn.RNNBase):
         if (
             not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
+            and not self.bidirectional
             and type(input) is Tensor
             and input.dim() == 3
+            and input.shape[0]
+            and input.shape[1]
         ):
             data = input.transpose(0, 1) if self.batch_first else input
-            T, B, _ = data.shape
-            if 1 <= T * B <= stream.FEW_ROWS and (result := stream.run(self, data, hx)):
+            if result := stream.run(self, data, hx):
                 output, state = result
                 return (output.transpose(0, 1) if self.batch_first else output), state
         return functional.layers(

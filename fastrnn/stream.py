@@ -1,5 +1,5 @@
-"""One time step of a unidirectional net: what ``module.step`` runs, with as little around the
-kernels as there can be.
+"""A unidirectional net without gradients: what ``module.step`` runs, and ``forward`` where it can,
+with as little around the kernels as there can be.
 
 The weights are read where they lie, so that no update of them can be missed: in place, through
 ``.data``, by an optimizer or by ``load_state_dict``. What is kept from call to call is where they
@@ -21,10 +21,6 @@ from . import _ops, checks
 from .checks import LayerSpec
 
 T = TypeVar("T")
-
-# Up to this many rows of data (T * B) a sequence runs as steps do: reading the weights where they
-# lie is then faster than the general path's matrix product.
-FEW_ROWS = 4
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

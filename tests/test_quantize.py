@@ -54,8 +54,59 @@ def test_equal_to_torch_on_the_stored_weights(
         output, state = layer(input)
     states = state if isinstance(state, tuple) else (state,)
     got = {"output": output} | dict(zip(("h", "c"), states, strict=False))
-    check(got, results(twin, input, torch.float32), results(twin, input, torch.float64))
+    exact = results(twin, input, torch.float64)
+    if weights == "bf16":
+        check(got, results(twin, input, torch.float32), exact)
+    else:  # x in 16-bit fixed point: see test_int8_product_within_its_bound
+        assert all(error(got[name], exact[name]) < 1e-4 for name in exact)
     assert error(got["output"], original["output"]) < ALLOWED[weights]
+
+
+def linear_step(inputs: int, weight: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """A quantized layer that computes W x (RNN with ReLU of W x and of -W x), and its W."""
+    rows = len(weight)
+    layer = fastrnn.RNN(inputs, 2 * rows, nonlinearity="relu", bias=False)
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(torch.cat([weight, -weight]))
+        layer.weight_hh_l0.zero_()
+    fastrnn.quantize(layer, weights="int8")
+    stored = layer.weight_ih_l0.double() * layer.weight_ih_l0_scale.double()[:, None]
+    return layer, stored[:rows]
+
+
+def run_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        both = layer.step(x)[0].double()
+    half = both.shape[-1] // 2
+    return both[..., :half] - both[..., half:]
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 16, 33, 250, 2048, 2049, 6001])
+def test_int8_product_within_its_bound(engine: str, inputs: int) -> None:
+    torch.manual_seed(inputs)
+    layer, weight = linear_step(inputs, torch.randn(11, inputs))
+    for scale in (1.0, 1e-20, 1e20):
+        x = torch.randn(2, inputs) * scale
+        got, exact = run_linear(layer, x), x.double() @ weight.T
+        largest = x.double().abs().amax(1, keepdim=True)
+        bound = largest * weight.abs().sum(1) * (2.0**-16 + inputs * 2.0**-24)
+        assert ((got - exact).abs() <= bound).all()
+
+
+def test_int8_product_at_its_limits(engine: str) -> None:
+    layer, weight = linear_step(5000, torch.ones(3, 5000))
+    ones = torch.ones(1, 5000)
+    assert torch.allclose(run_linear(layer, ones), ones.double() @ weight.T, rtol=1e-6)
+    assert torch.allclose(run_linear(layer, -ones), -ones.double() @ weight.T, rtol=1e-6)
+    assert not run_linear(layer, 0 * ones).any()
+    tiny = 1e-38 * ones
+    assert torch.allclose(run_linear(layer, tiny), tiny.double() @ weight.T, rtol=1e-5, atol=0)
+    for value in (float("inf"), float("nan")):
+        x = ones.clone()
+        x[0, 17] = value
+        with torch.no_grad():
+            output = layer.step(x)[0][0, :3]
+        assert (output.isnan() if value != value else output.isinf()).all()
 
 
 @pytest.mark.parametrize("weights", ["int8", "bf16"])

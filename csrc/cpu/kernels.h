@@ -11,15 +11,18 @@ namespace fastrnn {
 
 // What scan.cpp decided for a pass.
 struct CpuPlan {
-  bool packed;      // the weights are packed first; otherwise read where they lie
-  int64_t members;  // threads that share the hidden units of one group; 1: rows are divided instead
-  int64_t ranges;   // ranges of rows of one group
+  bool packed;        // the recurrent weights are packed first; otherwise read where they lie
+  bool packed_input;  // the same of the input weights (forward)
+  int64_t members;    // threads that share the hidden units of one group; 1: rows are divided instead
+  int64_t ranges;     // ranges of rows of one group
+  int64_t chunk;      // steps whose input products are computed together (forward)
 };
 
 // What one thread runs: a range of rows of a group through all time steps; with a team all rows, and its share of
 // the hidden units.
 struct Share {
   int64_t d, b_begin, b_end;
+  int64_t range;  // number of the range of rows
   int member = 0;
   Team* team = nullptr;
 };
@@ -29,35 +32,23 @@ struct Share {
 // share it is in: the number of threads never changes a bit.
 template <class Args>
 struct PassKernels {
-  size_t (*scratch_bytes)(const ScanShape&, const CpuPlan&);
-  int64_t (*pack_blocks)(const ScanShape&, const CpuPlan&);
-  int64_t (*unit_blocks)(const ScanShape&);  // into how many parts the hidden units can be divided
+  size_t (*scratch_bytes)(const Args&, const CpuPlan&);
+  int64_t (*pack_blocks)(const Args&, const CpuPlan&);
+  int64_t (*unit_blocks)(const Args&);  // into how many parts the hidden units can be divided
   void (*pack)(const Args&, const CpuPlan&, char* scratch, int64_t block);
   void (*run)(const Args&, const CpuPlan&, char* scratch, const Share&);
 };
 
-// result [rows, columns] (compute dtype) = input [rows, K] * weight [columns, K]^T, of few rows.
-struct LinearArgs {
-  Dtype dtype;
-  WeightType weight_type;
-  const void *input, *weight, *scale;  // scale: float [columns], kInt8 only, else null
-  void* result;
-  int64_t rows, columns, K;
-};
-
-constexpr int64_t kMaxLinearRows = 4;   // rows of an input product that reads the weights where they lie
-constexpr int64_t kLinearBlock = 32;    // columns of it that one call computes
-constexpr int64_t kLinearChunk = 1024;  // k of it whose inputs lie in L1: 4 rows, 16 KiB
-constexpr int64_t kSumRows = 64;        // rows of a partial sum
+constexpr int64_t kChunkRows = 48;  // rows of a chunk of steps whose input products are computed together
+constexpr int64_t kSumRows = 64;    // rows of a partial sum
 
 struct CpuKernels {
   const char* isa;
   PassKernels<ScanArgs> forward;
   PassKernels<ScanBackwardArgs> backward;
-  // linear.inl
+  // arrays.inl
   void (*to_float)(Dtype, const void* source, float* target, int64_t count);
   void (*from_float)(Dtype, const float* source, void* target, int64_t count);
-  void (*linear)(const LinearArgs&, int64_t begin, int64_t end);
   void (*add)(bool is_double, const void* source, void* target, int64_t count);
   void (*sum_rows)(bool is_double, const void* source, void* sums, int64_t rows, int64_t stride, int64_t begin,
                    int64_t end);

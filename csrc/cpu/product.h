@@ -1,12 +1,11 @@
-// The recurrent product: rows of a panel times a matrix, packed (product) or as it lies in memory (product_direct).
+// Rows of a panel times a packed matrix. direct.h: the same with a matrix as it lies in memory.
 //
 // Computes   acc[row, column] = sum_k panel[row, k] * weight[k, column], for a run of blocks of columns
-// Work       packed: register tiles of up to kMaxRows rows and a few pairs of column vectors; K is cut so that the
-//            weights of a tile stay in L1 while all rows pass over them. Direct: one vector of units at a time
+// Work       register tiles of up to kMaxRows rows and a few pairs of column vectors; K is cut so that the weights of a
+//            tile stay in L1 while all rows pass over them
 // Memory     a tile's sums in registers; every weight is read once per run and, from L1, once per tile of rows
 // Requires   scratch and sums aligned to the vector; panels hold K elements a row, weights their [gates, units, K]
-// Order      packed: k ascending, one accumulator, so that a result depends neither on the tile nor on the other rows.
-//            Direct: kLanes partial sums over k, then their sum in a fixed tree
+// Order      k ascending, one accumulator, so that a result depends neither on the tile nor on the other rows
 //
 // A packed matrix serves `units` hidden units with `gates` columns each. A block is the least number of vectors of
 // units whose columns make whole pairs; a pair of columns lies [k][2][lanes], a last odd column is paired with zeros.
@@ -26,6 +25,8 @@ constexpr int kMaxRunPairs = 4;  // pairs of columns of a run: enough sums in fl
 constexpr int kChunk = 256;      // k of a pair of columns in L1: 16 KiB with AVX2, 32 KiB with AVX-512
 constexpr int kPair = 2;
 
+constexpr int64_t kCachedElements = 1 << 18;  // of a packed matrix that stays in the second cache
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct PackedShape {
@@ -36,6 +37,7 @@ struct PackedShape {
   const int64_t blocks;
   const int64_t run_blocks;  // blocks of a run
   const int64_t pair_size;   // elements of a pair of columns
+  const bool is_large;       // does not stay in the second cache from one step to the next
 
   PackedShape(int64_t units_, int64_t gates_, int64_t K_, int lanes_)
       : units(units_),
@@ -47,7 +49,8 @@ struct PackedShape {
         block_pairs(gates * block_vectors / kPair),
         blocks(ceil_div(vectors, block_vectors)),
         run_blocks(block_pairs < kMaxRunPairs ? kMaxRunPairs / block_pairs : 1),
-        pair_size(K * kPair * lanes) {}
+        pair_size(K * kPair * lanes),
+        is_large(blocks * block_pairs * pair_size > kCachedElements) {}
 
   int64_t size() const { return blocks * block_pairs * pair_size; }
   int64_t columns(int64_t begin, int64_t end) const { return (end - begin) * block_pairs * kPair; }
@@ -126,10 +129,11 @@ void pack_columns(const T* weight, const PackedShape& s, int64_t block, Compute<
 }
 
 // sums [R][2 P][lanes] (+)= R rows of the panel times P pairs of columns, for K steps of k. `row_sums`: elements
-// between rows of the sums.
+// between rows of the sums. Meanwhile the weights `ahead` elements further on (0: none) are fetched into L2: by itself
+// the processor would begin anew in every page.
 template <class S, int R, int P>
 void product_tile(const S* panel, int64_t stride, const S* packed, int64_t pair_size, int64_t K, bool add, S* sums,
-                  int64_t row_sums) {
+                  int64_t row_sums, int64_t ahead) {
   using V = Vec<S>;
   constexpr int kLanes = V::kLanes, C = kPair * P;
   V sum[R][C];
@@ -145,6 +149,9 @@ void product_tile(const S* panel, int64_t stride, const S* packed, int64_t pair_
     V w[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) w[c] = load(packed + c / kPair * pair_size + (k * kPair + c % kPair) * kLanes, kLanes);
+    if (ahead != 0)
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) __builtin_prefetch(packed + p * pair_size + k * kPair * kLanes + ahead, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V h(row[r][k]);
@@ -160,7 +167,7 @@ void product_tile(const S* panel, int64_t stride, const S* packed, int64_t pair_
 
 template <class S>
 using ProductTile = void (*)(const S* panel, int64_t stride, const S* packed, int64_t pair_size, int64_t K, bool add,
-                             S* sums, int64_t row_sums);
+                             S* sums, int64_t row_sums, int64_t ahead);
 
 // Pairs of columns of a tile of R rows: as many as fill the registers (16, with AVX-512 32) with sums, beside one
 // weight or broadcast each.
@@ -221,117 +228,17 @@ void product(const S* panel, int64_t stride, int64_t rows, const S* packed, cons
   const int64_t chunk = rows <= kMaxRows ? s.K : kChunk;
   for (int64_t pair = 0; pair < pairs; pair += step) {
     const int64_t now = pairs - pair < step ? pairs - pair : step;
-    for (int64_t k = 0; k < s.K; k += chunk) {
+    int64_t k = 0;
+    do {  // also once where K is 0, which makes the sums 0
       const int64_t K = s.K - k < chunk ? s.K - k : chunk;
+      const int64_t ahead = !s.is_large ? 0 : chunk < s.K ? chunk * kPair * kLanes : now * s.pair_size;
       for_parts(0, rows, kMaxRows, [&](int64_t first, int64_t count) {
         tile_of<S>(count, now)(panel + first * stride + k, stride, packed + pair * s.pair_size + k * kPair * kLanes,
-                               s.pair_size, K, k > 0, sums + first * row_sums + pair * kPair * kLanes, row_sums);
+                               s.pair_size, K, k > 0, sums + first * row_sums + pair * kPair * kLanes, row_sums,
+                               first == 0 ? ahead : 0);
       });
-    }
-  }
-}
-
-// Lanes of a register part of 16 bytes, within which shuffles are cheap, and the number of parts.
-template <class S>
-constexpr int kPart = 16 / static_cast<int>(sizeof(S));
-template <class S>
-constexpr int kParts = Vec<S>::kLanes / kPart<S>;
-
-// a and b interleaved within each part, lower and upper halves of the parts, and added.
-template <class S, size_t... I>
-FASTRNN_INLINE Vec<S> interleave_add(Vec<S> a, Vec<S> b, std::index_sequence<I...>) {
-  constexpr int n = sizeof...(I), w = kPart<S>;
-  return Vec<S>(__builtin_shufflevector(a.raw, b.raw, static_cast<int>(I / w * w + I % w / 2 + I % 2 * n)...)) +
-         Vec<S>(__builtin_shufflevector(a.raw, b.raw, static_cast<int>(I / w * w + w / 2 + I % w / 2 + I % 2 * n)...));
-}
-// The even blocks of `width` parts of a and b, one after the other, and the odd ones, added.
-template <class S, int width, size_t... I>
-FASTRNN_INLINE Vec<S> add_parts(Vec<S> a, Vec<S> b, std::index_sequence<I...>) {
-  constexpr int n = sizeof...(I), w = kPart<S> * width;
-  return Vec<S>(
-             __builtin_shufflevector(a.raw, b.raw, static_cast<int>(I / (2 * w) * 2 * w + I % w + I / w % 2 * n)...)) +
-         Vec<S>(__builtin_shufflevector(a.raw, b.raw,
-                                        static_cast<int>(I / (2 * w) * 2 * w + w + I % w + I / w % 2 * n)...));
-}
-
-// The accumulator whose lanes sum_lanes adds up into this lane.
-template <class S>
-constexpr int accumulator_of(int lane) {
-  return lane / kPart<S> + lane % kPart<S> * kParts<S>;
-}
-
-// Lane i of the result is the sum over the lanes of accumulator accumulator_of(i).
-template <class S>
-FASTRNN_INLINE Vec<S> sum_lanes(Vec<S>* sum) {
-  constexpr int n = Vec<S>::kLanes;
-  constexpr auto lanes = std::make_index_sequence<n>();
-#pragma GCC unroll 4
-  for (int count = n / 2; count >= kParts<S>; count /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) sum[i] = interleave_add<S>(sum[i], sum[i + count], lanes);
-  if constexpr (kParts<S> == 4) {
-    sum[0] = add_parts<S, 2>(sum[0], sum[2], lanes);
-    sum[1] = add_parts<S, 2>(sum[1], sum[3], lanes);
-  }
-  if constexpr (kParts<S> > 1) sum[0] = add_parts<S, 1>(sum[0], sum[1], lanes);
-  return sum[0];
-}
-
-// The products of kLanes rows of weights of type W, K long, with one x, each in its lane; meanwhile the weights `ahead`
-// elements further on (0: none) are fetched into the cache.
-template <class W, class S>
-FASTRNN_INLINE Vec<S> dot_lanes(const W* const* row, const S* x, int64_t K, int64_t ahead) {
-  using V = Vec<S>;
-  constexpr int kLanes = V::kLanes, kLine = 64 / static_cast<int>(sizeof(W));
-  const int64_t whole = K / kLanes * kLanes;
-  const W* weights[kLanes];
-#pragma GCC unroll 16
-  for (int lane = 0; lane < kLanes; ++lane) weights[accumulator_of<S>(lane)] = row[lane];
-  V sum[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) sum[i] = V(S(0));
-  for (int64_t k = 0; k < whole; k += kLanes) {
-    const V now = load(x + k, kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) sum[i] = fma(load(weights[i] + k, kLanes), now, sum[i]);
-    if (ahead != 0 && k % kLine == 0)
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) __builtin_prefetch(weights[i] + k + ahead);
-  }
-  if (whole < K) {
-    const int rest = static_cast<int>(K - whole);
-    const V now = load(x + whole, rest);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) sum[i] = fma(load(weights[i] + whole, rest), now, sum[i]);
-  }
-  return sum_lanes<S>(sum);
-}
-
-// Weights of this many bytes stay in the second cache from one step to the next; larger ones are fetched ahead.
-constexpr int64_t kCachedBytes = 1 << 18;
-
-// sums as of `product`, from weight [gates, units, K] where it lies; scale [gates, units]: a factor of each row, or
-// null.
-template <class W, class S>
-void product_direct(const S* panel, int64_t stride, int64_t rows, const W* weight, const S* scale, const PackedShape& s,
-                    int64_t begin, int64_t end, S* sums) {
-  constexpr int kLanes = Vec<S>::kLanes;
-  const int64_t vectors = s.vectors_in(begin, end), row_sums = s.columns(begin, end) * kLanes;
-  const int64_t gate = s.units * s.K;  // elements from a gate's row of a unit to the next gate's
-  const bool cached = s.gates * gate * static_cast<int64_t>(sizeof(W)) <= kCachedBytes;
-  for (int64_t u = 0; u < vectors; ++u) {
-    const int64_t j = (s.first_vector(begin) + u) * kLanes;
-    const int n = s.units - j < kLanes ? static_cast<int>(s.units - j) : kLanes;
-    for (int64_t g = 0; g < s.gates; ++g) {
-      const W* row[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane)  // behind the last unit: that unit again
-        row[lane] = weight + g * gate + (j + (lane < n ? lane : n - 1)) * s.K;
-      const int64_t next = g + 1 < s.gates ? gate : u + 1 < vectors ? kLanes * s.K - g * gate : 0;
-      const Vec<S> factor = scale ? load(scale + g * s.units + j, n) : Vec<S>(S(1));
-      for (int64_t b = 0; b < rows; ++b)
-        store(sums + b * row_sums + (u * s.gates + g) * kLanes,
-              factor * dot_lanes(row, panel + b * stride, s.K, cached ? 0 : next), kLanes);
-    }
+      k += chunk;
+    } while (k < s.K);
   }
 }
 

@@ -49,7 +49,7 @@ std::atomic<const CpuKernels*>& current_kernels() {
   return kernels;
 }
 
-// Below this many multiply-adds in the recurrence a second thread costs more than it brings (waking one takes
+// Below this many multiply-adds a second thread costs more than it brings (waking one takes
 // about 5 us, in which one core does 200 thousand).
 constexpr int64_t kMinWorkPerThread = 400000;
 // A team meets after every step, which costs it about 0.3 us: with fewer multiply-adds per step it does not pay.
@@ -59,26 +59,44 @@ constexpr int64_t kMinStepPerMember = 16000;
 constexpr int64_t kMinRowsPerThread = 16;
 // Packing costs about as much as two steps; a product with this few rows is as fast on the weights as they lie.
 constexpr int64_t kMaxDirectRows = 1, kMaxDirectSteps = 2, kMaxDirectStepRows = 4;
+// For a single row it is faster only by a tenth or two.
+constexpr int64_t kMinPackedSteps = 32, kMaxPackedWeights = 1 << 18;
+// The same for the input weights, whose product takes the rows of many steps at once.
+constexpr int64_t kMaxDirectInputRows = 4;
 
-bool packs(const ScanArgs& a) {
-  return a.weight_type == WeightType::kStorage && a.B > kMaxDirectRows &&
-         (a.T > kMaxDirectSteps || a.B > kMaxDirectStepRows);
+int64_t input_size(const ScanArgs& a) { return a.I; }
+int64_t input_size(const ScanBackwardArgs&) { return 0; }
+
+// What to pack, and the steps of a chunk, for `rows` rows of a thread.
+void choose_layout(const ScanArgs& a, int64_t rows, CpuPlan& plan) {
+  const bool as_stored = a.weight_type == WeightType::kStorage;
+  if (a.B <= kMaxDirectRows)  // worth it where the packed weights stay in the second cache for many steps
+    plan.packed = a.T >= kMinPackedSteps && kCells[static_cast<int>(a.cell)].gates * a.H * a.P <= kMaxPackedWeights;
+  else
+    plan.packed = a.T > kMaxDirectSteps || a.B > kMaxDirectStepRows;
+  plan.packed = plan.packed && as_stored;
+  plan.packed_input = as_stored && a.N > kMaxDirectInputRows;
+  const int64_t chunk_rows = plan.packed_input ? kChunkRows : kMaxDirectInputRows;
+  plan.chunk = std::clamp<int64_t>(chunk_rows / rows, 1, a.T);
 }
 // A backward pass has no product where its only step has no initial h that asks for its gradient.
-bool packs(const ScanBackwardArgs& a) { return a.T > 1 || a.dh0 || a.projected; }
+void choose_layout(const ScanBackwardArgs& a, int64_t, CpuPlan& plan) {
+  plan.packed = a.T > 1 || a.dh0 || a.projected;
+  plan.packed_input = false, plan.chunk = 1;
+}
 
 template <class Args>
 CpuPlan choose(const PassKernels<Args>& kernels, const Args& a) {
   CpuPlan plan;
-  plan.packed = packs(a);
-  const int64_t step = a.B * kCells[static_cast<int>(a.cell)].gates * a.H * a.P;  // of the longest step of a group
-  const int64_t work = step / std::max<int64_t>(a.B, 1) * a.N * a.D;
+  const int64_t weights = kCells[static_cast<int>(a.cell)].gates * a.H * (a.P + input_size(a));
+  const int64_t step = a.B * weights, work = a.N * a.D * weights;  // of the longest step of a group, and of all
   const int64_t useful = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / kMinWorkPerThread);
   const int64_t threads = (useful + a.D - 1) / a.D;  // of one group
   plan.members = 1;
   if (!a.batch_sizes && !a.projected && a.B < kMinRowsPerThread * threads)
     plan.members = std::max<int64_t>(1, std::min({threads, step / kMinStepPerMember, kernels.unit_blocks(a)}));
   plan.ranges = plan.members > 1 ? 1 : std::max<int64_t>(1, std::min(threads, a.B));
+  choose_layout(a, (a.B + plan.ranges - 1) / plan.ranges, plan);
   return plan;
 }
 
@@ -108,7 +126,7 @@ void run_by_rows(const PassKernels<Args>& kernels, const Args& args, const CpuPl
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const size_t range = static_cast<size_t>(i / args.D);
-      kernels.run(args, plan, scratch, {i % args.D, bounds[range], bounds[range + 1]});
+      kernels.run(args, plan, scratch, {i % args.D, bounds[range], bounds[range + 1], i / args.D});
     }
   });
 }
@@ -122,7 +140,7 @@ void run_by_units(const PassKernels<Args>& kernels, const Args& args, const CpuP
       const int64_t d = i / plan.members;
       Team& team = teams[static_cast<size_t>(d)];
       const int member = team.join();
-      if (member >= 0) kernels.run(args, plan, scratch, {d, 0, args.B, member, &team});
+      if (member >= 0) kernels.run(args, plan, scratch, {d, 0, args.B, 0, member, &team});
     }
   });
 }

@@ -1,21 +1,43 @@
 // The backward pass of scan.inl, which includes this file. Runs the steps in the opposite order; each step's product
 // brings the gradient of h from the step that was run before, and the cell's backward follows on the same tile.
 
+template <class S>
+struct BackwardScratch {
+  PackedShape hh, hr;
+  int64_t dr_stride, dh_stride, dp_stride;
+  S *packed_hh, *packed_hr;
+  S *dr[2], *dh, *dc, *dp;  // panels: gradient of the recurrent pre-activations after and before a step, of h and c,
+  size_t bytes;             // and of the projected h
+
+  BackwardScratch(const ScanShape& a, int gates, char* base)
+      : hh{a.P, 1, gates * a.H, Vec<S>::kLanes}, hr{a.H, 1, a.P, Vec<S>::kLanes} {
+    Arena arena(base);
+    dr_stride = panel_stride<S>(gates * a.H), dh_stride = panel_stride<S>(a.H), dp_stride = panel_stride<S>(a.P);
+    packed_hh = arena.take<S>(a.D * hh.size());
+    packed_hr = arena.take<S>(a.projected ? a.D * hr.size() : 0);
+    for (S*& panel : dr) panel = arena.take<S>(a.D * a.B * dr_stride);
+    dh = arena.take<S>(a.D * a.B * dh_stride);
+    dc = arena.take<S>(a.D * a.B * dh_stride);
+    dp = arena.take<S>(a.projected ? a.D * a.B * dp_stride : 0);
+    bytes = arena.used();
+  }
+};
+
 template <class Cell, class T>
 struct Backward {
   using S = Compute<T>;
   using V = Vec<S>;
   static constexpr int G = Cell::kGates, A = Cell::kSaved, R = Cell::kOwn, kLanes = V::kLanes;
 
-  static size_t scratch_bytes(const ScanShape& a, const CpuPlan&) { return BackwardScratch<S>(a, G, nullptr).bytes; }
+  static size_t scratch_bytes(const ScanBackwardArgs& a, const CpuPlan&) { return BackwardScratch<S>(a, G, nullptr).bytes; }
 
-  static int64_t pack_blocks(const ScanShape& a, const CpuPlan& plan) {
+  static int64_t pack_blocks(const ScanBackwardArgs& a, const CpuPlan& plan) {
     const BackwardScratch<S> s(a, G, nullptr);
     if (!plan.packed) return 0;
     return a.D * (s.hh.blocks + (a.projected ? s.hr.blocks : 0));
   }
 
-  static int64_t unit_blocks(const ScanShape& a) { return PackedShape(a.P, 1, G * a.H, kLanes).blocks; }
+  static int64_t unit_blocks(const ScanBackwardArgs& a) { return PackedShape(a.P, 1, G * a.H, kLanes).blocks; }
 
   static void pack(const ScanBackwardArgs& a, const CpuPlan&, char* scratch, int64_t index) {
     const BackwardScratch<S> s(a, G, scratch);

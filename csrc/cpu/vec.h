@@ -103,6 +103,40 @@ FASTRNN_INLINE Vec<F> fma(Vec<F> a, Vec<F> b, Vec<F> c) {
 #endif
 }
 
+// min(x, most) and max(x, least). The instructions give their second operand where one is NaN: x.
+template <class F>
+FASTRNN_INLINE Vec<F> at_most(Vec<F> x, Vec<F> most) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4)
+    return Vec<F>(_mm512_min_ps(most.raw, x.raw));
+  else
+    return Vec<F>(_mm512_min_pd(most.raw, x.raw));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(F) == 4)
+    return Vec<F>(_mm256_min_ps(most.raw, x.raw));
+  else
+    return Vec<F>(_mm256_min_pd(most.raw, x.raw));
+#else
+  return select(most < x, most, x);
+#endif
+}
+template <class F>
+FASTRNN_INLINE Vec<F> at_least(Vec<F> x, Vec<F> least) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4)
+    return Vec<F>(_mm512_max_ps(least.raw, x.raw));
+  else
+    return Vec<F>(_mm512_max_pd(least.raw, x.raw));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(F) == 4)
+    return Vec<F>(_mm256_max_ps(least.raw, x.raw));
+  else
+    return Vec<F>(_mm256_max_pd(least.raw, x.raw));
+#else
+  return select(least > x, least, x);
+#endif
+}
+
 // The type that computes for a storage type.
 template <class T>
 struct ComputeOf {

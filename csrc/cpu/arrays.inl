@@ -1,5 +1,4 @@
-// What surrounds the recurrence on the CPU, included by scan.inl: conversions between storage and compute types, the
-// input product of a few rows, sums over rows.
+// What surrounds the recurrence on the CPU, included by scan.inl: conversions between storage and compute types, sums.
 
 // target[0..count) = source[0..count), between a 16-bit storage type and float.
 template <class To, class From>
@@ -22,60 +21,6 @@ inline void from_float(Dtype dtype, const float* source, void* target, int64_t c
     convert(source, static_cast<BFloat16*>(target), count);
   else
     convert(source, static_cast<Half*>(target), count);
-}
-
-// Computes   result [rows, columns] = input [rows, K] * weight [columns, K]^T for columns of blocks [begin, end)
-// Work       kLinearBlock columns each; for few rows: every weight is read once per row, from L1 but the first time
-template <class T, class W>
-void linear_blocks(const T* input, const W* weight, const Compute<T>* scale, Compute<T>* result, int64_t rows,
-                   int64_t columns, int64_t K, int64_t begin, int64_t end) {
-  using S = Compute<T>;
-  constexpr int kLanes = Vec<S>::kLanes;
-  const bool cached = columns * K * static_cast<int64_t>(sizeof(W)) <= kCachedBytes;
-  alignas(64) S panel[kMaxLinearRows][kLinearChunk];
-  for (int64_t column = begin * kLinearBlock; column < end * kLinearBlock && column < columns; column += kLanes) {
-    const int n = columns - column < kLanes ? static_cast<int>(columns - column) : kLanes;
-    for (int64_t r = 0; r < rows; ++r) store(result + r * columns + column, Vec<S>(S(0)), n);
-  }
-  for (int64_t k = 0; k < K; k += kLinearChunk) {
-    const int64_t width = K - k < kLinearChunk ? K - k : kLinearChunk;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < width; i += kLanes) {
-        const int n = width - i < kLanes ? static_cast<int>(width - i) : kLanes;
-        store(panel[r] + i, load(input + r * K + k + i, n), n);
-      }
-    for (int64_t column = begin * kLinearBlock; column < end * kLinearBlock && column < columns; column += kLanes) {
-      const int n = columns - column < kLanes ? static_cast<int>(columns - column) : kLanes;
-      const W* row[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) row[lane] = weight + (column + (lane < n ? lane : n - 1)) * K + k;
-      const Vec<S> factor = scale ? load(scale + column, n) : Vec<S>(S(1));
-      for (int64_t r = 0; r < rows; ++r) {
-        S* target = result + r * columns + column;
-        store(target, fma(factor, dot_lanes(row, panel[r], width, cached ? 0 : kLanes * K), load(target, n)), n);
-      }
-    }
-  }
-}
-
-inline void linear(const LinearArgs& a, int64_t begin, int64_t end) {
-  const auto run = [&](auto storage, auto weight) {
-    using T = decltype(storage);
-    linear_blocks(static_cast<const T*>(a.input), static_cast<const decltype(weight)*>(a.weight),
-                  static_cast<const Compute<T>*>(a.scale), static_cast<Compute<T>*>(a.result), a.rows, a.columns, a.K,
-                  begin, end);
-  };
-  if (a.weight_type == WeightType::kBFloat16)
-    run(float(), BFloat16());
-  else if (a.weight_type == WeightType::kInt8)
-    run(float(), Int8());
-  else if (a.dtype == Dtype::kFloat)
-    run(float(), float());
-  else if (a.dtype == Dtype::kDouble)
-    run(double(), double());
-  else if (a.dtype == Dtype::kBFloat16)
-    run(BFloat16(), BFloat16());
-  else
-    run(Half(), Half());
 }
 
 // target[0..count) += source[0..count)

@@ -1,0 +1,61 @@
+// Memory for the length of a pass, aligned to a cache line: what a thread needs again and again it keeps.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "tensors.h"
+
+namespace fastrnn {
+
+// One piece of memory that grows as it is asked for more; what was in it is lost then.
+class Scratch {
+ public:
+  char* get(size_t bytes) {
+    if (bytes > size_) {
+      size_ = 0;
+      memory_.reset();
+      const size_t alignment = bytes < kHugePage ? 64 : kHugePage;
+      const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+      memory_.reset(static_cast<char*>(std::aligned_alloc(alignment, rounded)));
+      if (!memory_) throw std::bad_alloc();
+#if defined(__linux__)  // a hint: fewer page faults, and weights that the address cache covers
+      if (bytes >= kHugePage) madvise(memory_.get(), rounded, MADV_HUGEPAGE);
+#endif
+      size_ = bytes;
+    }
+    if (poison()) std::memset(memory_.get(), 0xFF, bytes);
+    return memory_.get();
+  }
+
+ private:
+  static constexpr size_t kHugePage = size_t{1} << 21;
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  size_t size_ = 0;
+};
+
+// Scratch memory of one pass: up to kMostKept bytes it is the thread's own, which stays for the next pass. A pass may
+// have several, each with a slot of its own.
+template <int kSlot = 0>
+class PassScratch {
+ public:
+  char* get(size_t bytes) {
+    static thread_local Scratch kept;
+    return bytes <= kMostKept ? kept.get(bytes) : own_.get(bytes);
+  }
+
+ private:
+  static constexpr size_t kMostKept = size_t{1} << 24;
+  Scratch own_;
+};
+
+}  // namespace fastrnn
