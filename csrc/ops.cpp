@@ -95,6 +95,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tens
   return {output, h_n, c_n, cells, saved};
 }
 
+Tensor zeros(const Sizes& sizes, ScalarType dtype) {
+  const Tensor t = make(sizes, dtype);
+  std::memset(t.mutable_data_ptr(), 0, static_cast<size_t>(t.numel() * item_size(dtype)));
+  return t;
+}
+
 // The gradients of the weights of group d from those of its products, in the order of the operator's list.
 class WeightGradients {
  public:
@@ -102,9 +108,9 @@ class WeightGradients {
                   const Tensor& dgates, const Tensor& drecurrent, const Tensor& dprojected, const Tensor& unprojected)
       : p(problem),
         s(problem.shape),
-        input_(to_compute(input, s.dtype)),
+        input_(input),
         output_(output),
-        h0_(h0),
+        first_(h0 ? *h0 : zeros(problem.state(problem.shape.P), problem.dtype)),
         dgates_(dgates),
         drecurrent_(drecurrent),
         dprojected_(dprojected),
@@ -113,17 +119,19 @@ class WeightGradients {
   // dW_ih [G * H, I] = sum over time of dx_t input_t^T
   Tensor weight_ih(int64_t d) const {
     const Tensor dw = make({G * s.H, p.I}, p.compute());
-    outer_product(dw, 0, G * s.H, p.I, Rows::of_group(dgates_, d, s.N, G * s.H), 0, 0, {input_, p.I, 0}, 0, s.N, false);
+    outer_product(Rows::of_matrix(dw, p.I), G * s.H, p.I, Rows::of_group(dgates_, d, s.N, G * s.H),
+                  Rows::of_matrix(input_, p.I), s.N, false);
     return to_storage(dw, s.dtype, p.dtype);
   }
 
   // dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T, where dr is `drecurrent` for the last R gates
   Tensor weight_hh(int64_t d) {
     const Tensor dw = make({G * s.H, s.P}, p.compute());
-    if (!h_) prepare_states();
+    if (s.batch_sizes && !before_) gather_states();
     const int64_t shared = (G - R) * s.H, own = R * s.H;
-    add_recurrent(dw, d, 0, shared, Rows::of_group(dgates_, d, s.N, G * s.H));
-    if (own > 0) add_recurrent(dw, d, shared, own, Rows::of_group(drecurrent_, d, s.N, own));
+    const Rows target = Rows::of_matrix(dw, s.P);
+    add_recurrent(target, d, shared, Rows::of_group(dgates_, d, s.N, G * s.H));
+    if (own > 0) add_recurrent(target.from(shared), d, own, Rows::of_group(drecurrent_, d, s.N, own));
     return to_storage(dw, s.dtype, p.dtype);
   }
 
@@ -139,8 +147,8 @@ class WeightGradients {
   // dW_hr [P, H] = sum over time of dh_t (o tanh c)_t^T
   Tensor weight_hr(int64_t d) const {
     const Tensor dw = make({s.P, s.H}, p.compute());
-    outer_product(dw, 0, s.P, s.H, Rows::of_group(dprojected_, d, s.N, s.P), 0, 0,
-                  Rows::of_group(unprojected_, d, s.N, s.H), 0, s.N, false);
+    outer_product(Rows::of_matrix(dw, s.H), s.P, s.H, Rows::of_group(dprojected_, d, s.N, s.P),
+                  Rows::of_group(unprojected_, d, s.N, s.H), s.N, false);
     return to_storage(dw, s.dtype, p.dtype);
   }
 
@@ -148,30 +156,21 @@ class WeightGradients {
   Tensor input() const {
     Sizes sizes = p.leading;
     sizes.push_back(p.I);
-    const Tensor dinput = make(sizes, p.compute()), rows = matrix(dinput, s.N, p.I, p.I, 1, 0);
-    for (int64_t d = 0; d < s.D; ++d) {
-      const Tensor weight = to_compute(p.weights.ih[static_cast<size_t>(d)], s.dtype);
-      multiply(rows, matrix(dgates_, s.N, G * s.H, G * s.H, 1, d * s.N * G * s.H),
-               matrix(weight, G * s.H, p.I, p.I, 1, 0), d > 0);
-    }
+    const Tensor dinput = make(sizes, p.compute());
+    for (int64_t d = 0; d < s.D; ++d)
+      row_product(Rows::of_matrix(dinput, p.I), s.N, p.I, Rows::of_group(dgates_, d, s.N, G * s.H),
+                  Rows::of_matrix(p.weights.ih[static_cast<size_t>(d)], p.I), G * s.H, d > 0);
     return to_storage(dinput, s.dtype, p.dtype);
   }
 
  private:
-  // h in the compute dtype, and for packed data the h that entered each row.
-  void prepare_states() {
-    h_ = to_compute(output_, s.dtype);
-    first_ = h0_ ? to_compute(*h0_, s.dtype) : make({s.D, s.B, s.P}, p.compute());
-    if (!h0_) std::memset(first_->mutable_data_ptr(), 0, static_cast<size_t>(first_->numel() * item_size(p.compute())));
-    if (s.batch_sizes) gather_states();
-  }
-
+  // Of packed data: the h that entered each row.
   void gather_states() {
-    const size_t item = static_cast<size_t>(item_size(p.compute())), bytes = static_cast<size_t>(s.P) * item;
-    before_ = make({s.D, s.N, s.P}, p.compute());
+    const size_t bytes = static_cast<size_t>(s.P * item_size(p.dtype));
+    before_ = make({s.D, s.N, s.P}, p.dtype);
     char* target = static_cast<char*>(before_->mutable_data_ptr());
-    const char* h = static_cast<const char*>(h_->const_data_ptr());
-    const char* first = static_cast<const char*>(first_->const_data_ptr());
+    const char* h = static_cast<const char*>(output_.const_data_ptr());
+    const char* first = static_cast<const char*>(first_.const_data_ptr());
     for (int64_t d = 0; d < s.D; ++d)
       for (int64_t t = 0; t < s.T; ++t) {
         const int64_t t_before = s.reversed(d) ? t + 1 : t - 1;
@@ -184,25 +183,22 @@ class WeightGradients {
       }
   }
 
-  void add_recurrent(const Tensor& dw, int64_t d, int64_t row, int64_t rows, const Rows& dr) const {
-    if (before_) {
-      outer_product(dw, row, rows, s.P, dr, 0, 0, Rows::of_group(*before_, d, s.N, s.P), 0, s.N, false);
-      return;
-    }
-    const Rows h = Rows::of_output(*h_, d, s.D, s.P), first = Rows::of_group(*first_, d, s.B, s.P);
-    const int64_t rest = s.N - s.B;
+  // target [rows, P] = sum over time of dr_t h_{t-1}^T
+  void add_recurrent(const Rows& target, int64_t d, int64_t rows, const Rows& dr) const {
+    if (before_) return outer_product(target, rows, s.P, dr, Rows::of_group(*before_, d, s.N, s.P), s.N, false);
+    const Rows h = Rows::of_output(output_, d, s.D, s.P);
+    const int64_t rest = s.N - s.B;  // rows behind the first step, or before the last
     const bool reverse = s.reversed(d);
-    outer_product(dw, row, rows, s.P, dr, 0, reverse ? rest : 0, first, 0, s.B, false);
-    outer_product(dw, row, rows, s.P, dr, 0, reverse ? 0 : s.B, h, reverse ? s.B : 0, rest, true);
+    outer_product(target, rows, s.P, dr.from(reverse ? 0 : s.B), h.from(reverse ? s.B : 0), rest, false);
+    outer_product(target, rows, s.P, dr.from(reverse ? rest : 0), Rows::of_group(first_, d, s.B, s.P), s.B, true);
   }
 
   const Problem& p;
   const ScanShape& s;
   const int64_t G = p.cell.gates, R = p.cell.own;
-  const Tensor input_, output_;
-  const OptionalTensor& h0_;
+  const Tensor input_, output_, first_;  // first_: h that enters the first step
   const Tensor &dgates_, &drecurrent_, &dprojected_, &unprojected_;
-  OptionalTensor h_, first_, before_;
+  OptionalTensor before_;
 };
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(

@@ -4,15 +4,18 @@
 
 #include "cpu/kernels.h"
 #include "cpu/scan_cpu.h"
+#include "scratch.h"
 
 namespace fastrnn {
 namespace {
 
-// Elements or multiply-adds below which a second thread costs more than it brings.
-constexpr int64_t kMinElementsPerThread = 1 << 16;
-// Rows of one product of a long sum. A small product of MKL's adds row after row to one accumulator: over 64,000 rows
-// that is an error of 1e-5, and 1.8e-7 if each 512 rows are added up on their own. Large ones are cut by MKL itself.
-constexpr int64_t kSmallProduct = 1 << 16, kSmallProductRows = 512, kProductRows = 8192;
+// Elements, and multiply-adds, below which a second thread costs more than it brings.
+constexpr int64_t kMinElementsPerThread = 1 << 16, kMinWorkPerThread = 1 << 19;
+// Terms of a sum that are added up on their own. They bound its error (64,000 in a row would bring 1e-5, and blocks of
+// 512 1.8e-7), and the panel of a product: 48 rows of 512 floats, turned from columns, are 96 KiB.
+constexpr int64_t kSumBlock = 512;
+// The same of products whose rows lie as they are used: 384 KiB.
+constexpr int64_t kRowBlock = 2048;
 
 template <class F>
 void in_parallel(int64_t count, int64_t grain, const F& f) {
@@ -26,17 +29,6 @@ bool is_16_bit(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype
 
 }  // namespace
 
-Tensor to_compute(const Tensor& t, Dtype dtype) {
-  if (!is_16_bit(dtype)) return t;
-  const Tensor result = make(sizes_of(t), ScalarType::Float);
-  const char* source = static_cast<const char*>(t.const_data_ptr());
-  float* target = static_cast<float*>(result.mutable_data_ptr());
-  in_parallel(t.numel(), kMinElementsPerThread, [&](int64_t begin, int64_t end) {
-    cpu_kernels().to_float(dtype, source + 2 * begin, target + begin, end - begin);
-  });
-  return result;
-}
-
 Tensor to_storage(const Tensor& t, Dtype dtype, ScalarType storage) {
   if (!is_16_bit(dtype)) return t;
   const Tensor result = make(sizes_of(t), storage);
@@ -48,30 +40,50 @@ Tensor to_storage(const Tensor& t, Dtype dtype, ScalarType storage) {
   return result;
 }
 
-void outer_product(const Tensor& result, int64_t target_row, int64_t target_rows, int64_t K, const Rows& a,
-                   int64_t column, int64_t a_first, const Rows& b, int64_t b_first, int64_t rows, bool add) {
-  const Tensor target = matrix(result, target_rows, K, K, 1, target_row * K);
-  if (rows == 0 && !add) torch::stable::zero_(const_cast<Tensor&>(target));
-  const int64_t most = target_rows * K <= kSmallProduct ? kSmallProductRows : kProductRows;
-  OptionalTensor part;
-  for (int64_t first = 0; first < rows; first += most) {
-    const int64_t count = std::min(most, rows - first);
-    const Tensor x = a.block(a_first + first, count, column, target_rows, true),
-                 y = b.block(b_first + first, count, 0, K);
-    if (first == 0 && !add) {
-      multiply(target, x, y);
-      continue;
-    }
-    if (!part) part = make({target_rows, K}, result.scalar_type());
-    multiply(*part, x, y);
-    const size_t item = static_cast<size_t>(item_size(result.scalar_type()));
-    char* sum = static_cast<char*>(result.mutable_data_ptr()) + static_cast<size_t>(target_row * K) * item;
-    const char* summand = static_cast<const char*>(part->const_data_ptr());
-    in_parallel(target_rows * K, kMinElementsPerThread, [&](int64_t begin, int64_t end) {
-      const size_t offset = static_cast<size_t>(begin) * item;
-      cpu_kernels().add(item == 8, summand + offset, sum + offset, end - begin);
+namespace {
+
+// All of K, `most` of it at a time.
+void multiply(ProductArgs p, int64_t most) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t K = p.K;
+  const size_t a_item = p.is_double ? 8 : 4, b_item = is_16_bit(p.b_dtype) ? 2 : a_item;
+  const int64_t step = std::max<int64_t>(1, kMinWorkPerThread / (std::min(K, most) * p.columns + 1) / kMatrixRows);
+  PassScratch<3> scratch;
+  int64_t k = 0;
+  do {  // also once where K is 0, which makes target 0
+    p.K = std::min(most, K - k);
+    char* packed = scratch.get(kernels.matrix_bytes(p));
+    in_parallel(kernels.matrix_blocks(p), 1 + kMinElementsPerThread / (16 * p.K + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) kernels.pack_matrix(p, packed, block);
     });
-  }
+    in_parallel((p.rows + kMatrixRows - 1) / kMatrixRows, step, [&](int64_t begin, int64_t end) {
+      PassScratch<4> panel;
+      kernels.multiply_matrix(p, packed, panel.get(kernels.matrix_panel_bytes(p)), begin * kMatrixRows,
+                              std::min(p.rows, end * kMatrixRows));
+    });
+    k += p.K;
+    p.a = static_cast<const char*>(p.a) + static_cast<size_t>(p.K * p.a_k) * a_item;
+    p.b = static_cast<const char*>(p.b) + static_cast<size_t>(p.K * p.b_row) * b_item;
+    p.add = true;
+  } while (k < K);
+}
+
+}  // namespace
+
+void outer_product(const Rows& result, int64_t target_rows, int64_t K, const Rows& a, const Rows& b, int64_t rows,
+                   bool add) {
+  if (rows == 0 && add) return;
+  const bool is_double = a.array.scalar_type() == ScalarType::Double;
+  multiply({is_double, a.data(), 1, a.row_stride, dtype_of(b.array.scalar_type()), b.data(), b.row_stride,
+            const_cast<void*>(result.data()), result.row_stride, target_rows, K, rows, add},
+           kSumBlock);
+}
+
+void row_product(const Rows& result, int64_t rows, int64_t columns, const Rows& a, const Rows& b, int64_t K, bool add) {
+  const bool is_double = a.array.scalar_type() == ScalarType::Double;
+  multiply({is_double, a.data(), a.row_stride, 1, dtype_of(b.array.scalar_type()), b.data(), b.row_stride,
+            const_cast<void*>(result.data()), result.row_stride, rows, columns, K, add},
+           kRowBlock);
 }
 
 void sum_over_rows(const Tensor& array, int64_t d, int64_t N, int64_t columns, const Tensor& sums, int64_t first,

@@ -74,21 +74,6 @@ inline Tensor make(const Sizes& sizes, ScalarType dtype) {
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline OptionalTensor as_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(as_contiguous(*t)) : t; }
 
-// A matrix in the memory of a tensor, from element `offset` of it on.
-inline Tensor matrix(const Tensor& base, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
-                     int64_t offset) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(base.get(), 2, sizes, strides, offset, &handle));
-  return Tensor(handle);
-}
-
-// result (+)= a b, by torch's matrix product for the CPU.
-inline void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add = false) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(result.get(), result.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
-}
-
 // Refuses a tensor whose storage was cut short behind its back (storage.resize_, as FSDP frees parameters).
 inline void check_storage(const Tensor& t, const char* name) {
   if (t.numel() == 0) return;

@@ -23,23 +23,6 @@ inline void from_float(Dtype dtype, const float* source, void* target, int64_t c
     convert(source, static_cast<Half*>(target), count);
 }
 
-// target[0..count) += source[0..count)
-template <class S>
-void add_of(const S* source, S* target, int64_t count) {
-  constexpr int kLanes = Vec<S>::kLanes;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int n = count - i < kLanes ? static_cast<int>(count - i) : kLanes;
-    store(target + i, load(target + i, n) + load(source + i, n), n);
-  }
-}
-
-inline void add(bool is_double, const void* source, void* target, int64_t count) {
-  if (is_double)
-    add_of(static_cast<const double*>(source), static_cast<double*>(target), count);
-  else
-    add_of(static_cast<const float*>(source), static_cast<float*>(target), count);
-}
-
 // sums [columns] of source [rows, columns] (row stride `stride`) for columns [begin, end): in parts of kSumRows rows,
 // so that the error grows with the square root of the parts and not with all rows.
 template <class S>

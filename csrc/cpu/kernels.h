@@ -42,6 +42,22 @@ struct PassKernels {
 constexpr int64_t kChunkRows = 48;  // rows of a chunk of steps whose input products are computed together
 constexpr int64_t kSumRows = 64;    // rows of a partial sum
 
+// target [rows, columns] (+)= a [rows, K] * b [K, columns]; a and target in the compute dtype. Strides in elements.
+struct ProductArgs {
+  bool is_double;
+  const void* a;
+  int64_t a_row, a_k;  // between the rows of a, and between its columns; one of them is 1
+  Dtype b_dtype;
+  const void* b;
+  int64_t b_row;
+  void* target;
+  int64_t target_row;
+  int64_t rows, columns, K;
+  bool add;
+};
+
+constexpr int64_t kMatrixRows = 48;  // rows of a panel
+
 struct CpuKernels {
   const char* isa;
   PassKernels<ScanArgs> forward;
@@ -49,7 +65,12 @@ struct CpuKernels {
   // arrays.inl
   void (*to_float)(Dtype, const void* source, float* target, int64_t count);
   void (*from_float)(Dtype, const float* source, void* target, int64_t count);
-  void (*add)(bool is_double, const void* source, void* target, int64_t count);
+  // matrix.inl: pack every block of b, then multiply any rows of target, each with a panel of its own
+  size_t (*matrix_bytes)(const ProductArgs&);
+  size_t (*matrix_panel_bytes)(const ProductArgs&);
+  int64_t (*matrix_blocks)(const ProductArgs&);
+  void (*pack_matrix)(const ProductArgs&, void* packed, int64_t block);
+  void (*multiply_matrix)(const ProductArgs&, const void* packed, void* panel, int64_t first, int64_t last);
   void (*sum_rows)(bool is_double, const void* source, void* sums, int64_t rows, int64_t stride, int64_t begin,
                    int64_t end);
 };

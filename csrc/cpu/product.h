@@ -112,9 +112,9 @@ void pack_rows(const T* weight, const PackedShape& s, int64_t block, Compute<T>*
   }
 }
 
-// weight [K, units]: one gate, every row already holds the lanes side by side.
+// weight [K, units], rows `stride` elements apart: one gate, every row already holds the lanes side by side.
 template <class T>
-void pack_columns(const T* weight, const PackedShape& s, int64_t block, Compute<T>* packed) {
+void pack_columns(const T* weight, int64_t stride, const PackedShape& s, int64_t block, Compute<T>* packed) {
   using S = Compute<T>;
   constexpr int kLanes = Vec<S>::kLanes;
   packed += block * s.pair_size;
@@ -122,7 +122,7 @@ void pack_columns(const T* weight, const PackedShape& s, int64_t block, Compute<
   const int first = left < kLanes ? static_cast<int>(left) : kLanes;
   const int second = left - first < kLanes ? static_cast<int>(left - first) : kLanes;
   for (int64_t k = 0; k < s.K; ++k) {
-    const T* source = weight + k * s.units + j;
+    const T* source = weight + k * stride + j;
     store(packed + k * kPair * kLanes, load(source, first), kLanes);
     store(packed + k * kPair * kLanes + kLanes, second ? load(source + kLanes, second) : Vec<S>(S(0)), kLanes);
   }

@@ -85,6 +85,7 @@ void runs(const PackedShape& shape, int64_t begin, int64_t end, int64_t b_begin,
 }
 
 #include "arrays.inl"
+#include "matrix.inl"
 #include "scan_forward.inl"
 #include "scan_backward.inl"
 
@@ -144,7 +145,11 @@ const CpuKernels& kernels() {
                                    pass_kernels<Backward, ScanBackwardArgs>(),
                                    to_float,
                                    from_float,
-                                   add,
+                                   matrix_bytes,
+                                   matrix_panel_bytes,
+                                   matrix_blocks,
+                                   pack_matrix,
+                                   multiply_matrix,
                                    sum_rows};
   return table;
 }

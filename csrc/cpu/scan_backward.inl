@@ -43,9 +43,9 @@ struct Backward {
     const BackwardScratch<S> s(a, G, scratch);
     const int64_t d = index % a.D, block = index / a.D;
     if (block < s.hh.blocks)
-      pack_columns(static_cast<const T*>(a.weight_hh[d]), s.hh, block, s.packed_hh + d * s.hh.size());
+      pack_columns(static_cast<const T*>(a.weight_hh[d]), a.P, s.hh, block, s.packed_hh + d * s.hh.size());
     else
-      pack_columns(static_cast<const T*>(a.weight_hr[d]), s.hr, block - s.hh.blocks, s.packed_hr + d * s.hr.size());
+      pack_columns(static_cast<const T*>(a.weight_hr[d]), a.H, s.hr, block - s.hh.blocks, s.packed_hr + d * s.hr.size());
   }
 
   static void run(const ScanBackwardArgs& args, const CpuPlan&, char* scratch, const Share& share) {
