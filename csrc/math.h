@@ -1,8 +1,8 @@
 // Activation functions of recurrent cells, written once for every value type.
 //
 // A value type V is a float or double, or a vector of either (cpu/vec.h). It has V(number), +, -, *, /, comparisons,
-// select(mask, a, b), at_most and at_least (which let NaN pass), fma(a, b, c) = a * b + c (fused where the target fuses)
-// and pow2_rounded. Nothing here touches memory.
+// select(mask, a, b), at_most and at_least (which let NaN pass), fma(a, b, c) = a * b + c (fused where the target
+// fuses) and pow2_rounded. Nothing here touches memory.
 //
 // Errors are maxima over the whole range, measured by tests/cpp/math_test.cpp against long double:
 //   sigmoid  float 3.0 ulp, double 3.0 ulp; exactly 0 below -88.4 (-709.4), exactly 1 above 17.4 (37.5)

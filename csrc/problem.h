@@ -43,7 +43,8 @@ struct Weights {
       if (has_bias()) check(b_ih[d], "bias_ih", {G * s.H}, dtype), check(b_hh[d], "bias_hh", {G * s.H}, dtype);
       if (projected()) check(hr[d], "weight_hr", {s.P, s.H}, dtype);
     }
-    ih_arrays = arrays(ih), hh_arrays = arrays(hh), b_ih_arrays = arrays(b_ih), b_hh_arrays = arrays(b_hh), hr_arrays = arrays(hr);
+    ih_arrays = arrays(ih), hh_arrays = arrays(hh), b_ih_arrays = arrays(b_ih), b_hh_arrays = arrays(b_hh),
+    hr_arrays = arrays(hr);
   }
 
   static std::vector<const void*> arrays(const std::vector<Tensor>& tensors) {

@@ -23,7 +23,8 @@ struct Rows {
   // From this row, and this column, on.
   Rows from(int64_t row, int64_t column = 0) const { return {array, row_stride, offset + row * row_stride + column}; }
   const void* data() const {
-    return static_cast<const char*>(array.const_data_ptr()) + static_cast<size_t>(offset * item_size(array.scalar_type()));
+    return static_cast<const char*>(array.const_data_ptr()) +
+           static_cast<size_t>(offset * item_size(array.scalar_type()));
   }
 };
 

@@ -2,8 +2,8 @@
 // Kernels see these structs and nothing of torch.
 //
 // Dimension key: T time, B batch, N rows of data (T * B, or the sum of batch_sizes of packed data), I input,
-// H hidden, P size of h (H, or proj_size), G gates, A saved activations, R gates with a recurrent gradient of their own (kOwn),
-// D groups with weights of their own (directions, members of an ensemble).
+// H hidden, P size of h (H, or proj_size), G gates, A saved activations, R gates with a recurrent gradient of their own
+// (kOwn), D groups with weights of their own (directions, members of an ensemble).
 //
 // Row (t, b) of the data is row offsets[t] + b. Rows b < active(t) take part in step t; batch sizes never increase,
 // so a row is active from t = 0 until its sequence ends. batch_sizes and offsets lie in host memory. Arrays are

@@ -54,7 +54,7 @@ class PassScratch {
   }
 
  private:
-  static constexpr size_t kMostKept = size_t{1} << 24;
+  static constexpr size_t kMostKept = size_t{1} << 26;
   Scratch own_;
 };
 

@@ -6,6 +6,7 @@ names, initialisation, state dict, pickling and repr. What is fastrnn's own is `
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import torch
@@ -17,25 +18,36 @@ from . import checks, functional, stream, swap
 class Layer(nn.RNNBase):
     """What the three layers share."""
 
+    # Sequences of a batch up to which `forward` runs as steps do.
+    _max_direct_batch: int = sys.maxsize
+
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run the layer over a sequence; see the class for shapes and errors."""
-        # Compiling: torch.compile leaves the graph further down, in autograd.py.
-        if (
-            not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-            and not self.bidirectional
-            and type(input) is Tensor
-            and input.dim() == 3
-            and input.shape[0]
-            and input.shape[1]
-        ):
-            data = input.transpose(0, 1) if self.batch_first else input
-            if result := stream.run(self, data, hx):
-                output, state = result
-                return (output.transpose(0, 1) if self.batch_first else output), state
+        if (result := self._direct(input, hx)) is not None:
+            return result
         return functional.layers(
             self._spec(), input, self._weights(), hx, self.batch_first, self.dropout, self.training
         )
+
+    def _direct(self, input: Any, hx: Any) -> Any:
+        """The sequence without the general path's work; None where that has to run."""
+        # Compiling: torch.compile leaves the graph further down, in autograd.py.
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or self.bidirectional
+            or type(input) is not Tensor
+            or input.dim() != 3
+        ):
+            return None
+        data = input.transpose(0, 1) if self.batch_first else input
+        T, B, _ = data.shape
+        if T == 0 or not 0 < B <= self._max_direct_batch:
+            return None
+        if (result := stream.run(self, data, hx)) is None:
+            return None
+        output, state = result
+        return (output.transpose(0, 1) if self.batch_first else output), state
 
     def step(self, input: Tensor, state: Any = None, out: Any = None) -> tuple[Tensor, Any]:
         """One time step of a stream: the next output and state.

@@ -4,15 +4,13 @@ is what a step costs (small batches, streams).
 The weights of the products, weight_ih and weight_hh, are stored in bfloat16, or in int8 with one
 float32 scale per row (``scale = max|row| / 127``, rounded to nearest). Activations, states, biases
 and projections stay float32. Products with bfloat16 weights are those of float32; an int8 product
-rounds its x to a multiple of ``max|x| / 32767``, which adds at most 1/256 of the error that rounding
-the weights to int8 brings, and is exact from there on.
+rounds its x to a multiple of ``max|x| / 32767``, which adds at most 1/256 of the error that
+rounding the weights to int8 brings, and is exact from there on.
 
 Dimension key: see functional.py.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,36 +19,17 @@ from . import modules, stream
 from .swap import Entry, SwapReport
 
 _TYPES = {"bf16": "bfloat16", "int8": "int8"}
-# Up to this many sequences at once the kernels that read the low-precision weights are faster than
-# those that use float32 weights several times from the cache.
-MAX_DIRECT_BATCH = 4
 
 
 class QuantizedLayer(modules.Layer):
     """What the quantized RNN, LSTM and GRU share: buffers in place of the weight matrices, under
-    the same names, and for int8 ``<name>_scale``."""
+    the same names, and for int8 ``<name>_scale``. The gradient of the input is there, the weights
+    have none."""
 
+    # With more, weights brought back to float32 and used several times from the cache are faster.
+    _max_direct_batch = 4
     _weight_type: str
     _originals: dict[str, nn.Parameter]
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """As the layer it was; the gradient of the input is there, the weights have none."""
-        result = self._direct(input, hx)
-        return super().forward(input, hx) if result is None else result
-
-    def _direct(self, input: Any, hx: Any) -> Any:
-        """The layer on the weights as they are stored; None where the general path, on weights
-        brought back to float32, is the faster or the only one."""
-        if type(input) is not Tensor or input.dim() != 3 or torch.is_grad_enabled():
-            return None
-        data = input.transpose(0, 1) if self.batch_first else input
-        if not 0 < data.shape[1] <= MAX_DIRECT_BATCH or data.shape[0] == 0:
-            return None
-        result = stream.run(self, data, hx)
-        if result is None:
-            return None
-        output, state = result
-        return (output.transpose(0, 1) if self.batch_first else output), state
 
     def _weights(self) -> list[Tensor]:
         return [self._float_weight(name) for name in self._flat_weights_names]
@@ -71,10 +50,7 @@ class QuantizedLayer(modules.Layer):
 
     def _new_stepper(self) -> stream.Stepper | None:
         spec, names = self._spec(), self._flat_weights_names
-        if (
-            spec.directions == 2
-            or not stream.can_step(spec, self._weights())
-        ):
+        if spec.directions == 2 or not stream.can_step(spec, self._weights()):
             return None
         stored = stream.weights_of_layers(spec, names, [getattr(self, name) for name in names])
         if self._weight_type == "int8":
@@ -107,9 +83,7 @@ _QUANTIZED: dict[type[modules.Layer], type[QuantizedLayer]] = {
 }
 
 
-def quantize(
-    model: nn.Module, weights: str = "int8", *, keep_originals: bool = True
-) -> SwapReport:
+def quantize(model: nn.Module, weights: str = "int8", *, keep_originals: bool = True) -> SwapReport:
     """Store the weight matrices of every fastrnn layer inside ``model`` in low precision, in place.
 
     ``W = scale * q`` with int8 ``q`` and one scale per row (``"int8"``), or W rounded to bfloat16

@@ -13,6 +13,7 @@
 
 #include "direct.h"
 #include "kernels.h"
+#include "twin.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -86,8 +87,8 @@ void runs(const PackedShape& shape, int64_t begin, int64_t end, int64_t b_begin,
 
 #include "arrays.inl"
 #include "matrix.inl"
-#include "scan_forward.inl"
 #include "scan_backward.inl"
+#include "scan_forward.inl"
 
 // Calls f<Cell, T>() for the cell and dtype of a shape.
 template <template <class, class> class Pass, class Cell, class F>

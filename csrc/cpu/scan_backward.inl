@@ -29,7 +29,9 @@ struct Backward {
   using V = Vec<S>;
   static constexpr int G = Cell::kGates, A = Cell::kSaved, R = Cell::kOwn, kLanes = V::kLanes;
 
-  static size_t scratch_bytes(const ScanBackwardArgs& a, const CpuPlan&) { return BackwardScratch<S>(a, G, nullptr).bytes; }
+  static size_t scratch_bytes(const ScanBackwardArgs& a, const CpuPlan&) {
+    return BackwardScratch<S>(a, G, nullptr).bytes;
+  }
 
   static int64_t pack_blocks(const ScanBackwardArgs& a, const CpuPlan& plan) {
     const BackwardScratch<S> s(a, G, nullptr);
@@ -45,7 +47,8 @@ struct Backward {
     if (block < s.hh.blocks)
       pack_columns(static_cast<const T*>(a.weight_hh[d]), a.P, s.hh, block, s.packed_hh + d * s.hh.size());
     else
-      pack_columns(static_cast<const T*>(a.weight_hr[d]), a.H, s.hr, block - s.hh.blocks, s.packed_hr + d * s.hr.size());
+      pack_columns(static_cast<const T*>(a.weight_hr[d]), a.H, s.hr, block - s.hh.blocks,
+                   s.packed_hr + d * s.hr.size());
   }
 
   static void run(const ScanBackwardArgs& args, const CpuPlan&, char* scratch, const Share& share) {

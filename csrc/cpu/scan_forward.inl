@@ -14,9 +14,7 @@ struct ForwardScratch {
   size_t bytes;
 
   ForwardScratch(const ScanArgs& a, const CpuPlan& plan, int G, int R, char* base)
-      : ih{a.H, G, a.I, Vec<S>::kLanes},
-        hh{a.H, G, a.P, Vec<S>::kLanes},
-        hr{a.P, 1, a.H, Vec<S>::kLanes} {
+      : ih{a.H, G, a.I, Vec<S>::kLanes}, hh{a.H, G, a.P, Vec<S>::kLanes}, hr{a.P, 1, a.H, Vec<S>::kLanes} {
     Arena arena(base);
     x_stride = panel_stride<S>(a.I), h_stride = panel_stride<S>(a.P), c_stride = panel_stride<S>(a.H);
     packed_ih = arena.take<S>(plan.packed_input ? a.D * ih.size() : 0);
@@ -44,7 +42,9 @@ struct Forward {
   using V = Vec<S>;
   static constexpr int G = Cell::kGates, A = Cell::kSaved, R = Cell::kOwn, kLanes = V::kLanes;
 
-  static size_t scratch_bytes(const ScanArgs& a, const CpuPlan& p) { return ForwardScratch<S>(a, p, G, R, nullptr).bytes; }
+  static size_t scratch_bytes(const ScanArgs& a, const CpuPlan& p) {
+    return ForwardScratch<S>(a, p, G, R, nullptr).bytes;
+  }
 
   static int64_t pack_blocks(const ScanArgs& a, const CpuPlan& p) {
     const ForwardScratch<S> s(a, p, G, R, nullptr);
@@ -245,32 +245,39 @@ struct Forward {
     const int64_t row_sums = s.hh.columns(begin, end) * kLanes;
     const S *gates = gates_run(begin) + first_row * row_sums, *recurrent = sums.data;
     for (int64_t i = 0; i < rows; ++i, gates += row_sums, recurrent += row_sums) {
-      const int64_t b = b0 + i, row = d * a.N + a.row(t, b);
-      for (int64_t u = 0; u < vectors; ++u) {
-        const int64_t j = (first + u) * kLanes;
-        const int n = a.H - j < kLanes ? static_cast<int>(a.H - j) : kLanes;
-        const S* bias = bias_at(first + u);
-        V x[G], r[G], saved[A + 1];
-        for (int k = 0; k < G; ++k) {
-          x[k] = load(gates + (u * G + k) * kLanes, kLanes) + load(bias + k * kLanes, kLanes);
-          r[k] = load(recurrent + (u * G + k) * kLanes, kLanes);
-        }
-        for (int k = G - R; k < G; ++k) r[k] = r[k] + load(bias + (k + R) * kLanes, kLanes);
-        V h = a.projected ? V(S(0)) : load(h_row(now, b) + j, kLanes);
-        V c = Cell::kHasC ? load(c_row(b) + j, kLanes) : V(S(0));
-        Cell::forward(x, r, h, c, saved);
-        if (Cell::kHasC) {
-          store(c_row(b) + j, c, kLanes);
-          if (a.cells) store(at<S>(a.cells, row * a.H + j), c, n);
-        }
-        if (a.saved)
-          for (int k = 0; k < A; ++k) store(at<T>(a.saved, (row * A + k) * a.H + j), saved[k], n);
-        if (a.projected)
-          store(m_row(b) + j, h, kLanes);
-        else
-          store(h_row(1 - now, b) + j, store(output_row(t, b) + j, h, n), kLanes);
-      }
+      int64_t u = 0;
+      for (; u + 1 < vectors && (first + u + 2) * kLanes <= a.H; u += 2)
+        cell_units<Twin<V>>(t, b0 + i, first + u, gates + u * G * kLanes, recurrent + u * G * kLanes);
+      for (; u < vectors; ++u) cell_units<V>(t, b0 + i, first + u, gates + u * G * kLanes, recurrent + u * G * kLanes);
     }
+  }
+
+  // The cell on one vector of units, or on two, from the `vector`-th on.
+  template <class W>
+  FASTRNN_INLINE void cell_units(int64_t t, int64_t b, int64_t vector, const S* gates, const S* recurrent) {
+    using U = Units<W>;
+    const int64_t row = d * a.N + a.row(t, b), j = vector * kLanes, bias_apart = (G + R) * kLanes;
+    const int n = a.H - j < kLanes ? static_cast<int>(a.H - j) : kLanes;
+    const S* bias = bias_at(vector);
+    W x[G], r[G], saved[A + 1];
+    for (int k = 0; k < G; ++k) {
+      x[k] = U::load(gates + k * kLanes, G * kLanes, kLanes) + U::load(bias + k * kLanes, bias_apart, kLanes);
+      r[k] = U::load(recurrent + k * kLanes, G * kLanes, kLanes);
+    }
+    for (int k = G - R; k < G; ++k) r[k] = r[k] + U::load(bias + (k + R) * kLanes, bias_apart, kLanes);
+    W h = a.projected ? W(S(0)) : U::load(h_row(now, b) + j, kLanes, kLanes);
+    W c = Cell::kHasC ? U::load(c_row(b) + j, kLanes, kLanes) : W(S(0));
+    Cell::forward(x, r, h, c, saved);
+    if (Cell::kHasC) {
+      U::store(c_row(b) + j, c, kLanes, kLanes);
+      if (a.cells) U::store(at<S>(a.cells, row * a.H + j), c, kLanes, n);
+    }
+    if (a.saved)
+      for (int k = 0; k < A; ++k) U::store(at<T>(a.saved, (row * A + k) * a.H + j), saved[k], kLanes, n);
+    if (a.projected)
+      U::store(m_row(b) + j, h, kLanes, kLanes);
+    else
+      U::store(h_row(1 - now, b) + j, U::store(output_row(t, b) + j, h, kLanes, n), kLanes, kLanes);
   }
 
   void projection_run(int64_t t, int64_t b0, int64_t rows, int64_t begin, int64_t end) {
