@@ -189,8 +189,8 @@ class WeightGradients {
     const Rows h = Rows::of_output(output_, d, s.D, s.P);
     const int64_t rest = s.N - s.B;  // rows behind the first step, or before the last
     const bool reverse = s.reversed(d);
-    outer_product(target, rows, s.P, dr.from(reverse ? 0 : s.B), h.from(reverse ? s.B : 0), rest, false);
-    outer_product(target, rows, s.P, dr.from(reverse ? rest : 0), Rows::of_group(first_, d, s.B, s.P), s.B, true);
+    if (rest > 0) outer_product(target, rows, s.P, dr.from(reverse ? 0 : s.B), h.from(reverse ? s.B : 0), rest, false);
+    outer_product(target, rows, s.P, dr.from(reverse ? rest : 0), Rows::of_group(first_, d, s.B, s.P), s.B, rest > 0);
   }
 
   const Problem& p;
