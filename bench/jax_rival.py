@@ -1,6 +1,6 @@
 """JAX: the layers as `lax.scan` under jit, inference and training, with torch's gates and biases.
 
-One matrix product for the input of all time steps, then a scan over them, as fastrnn does it.
+One matrix product for the input of all time steps, then a scan over them.
 Training is one compiled function: forward, and `vjp` for the gradients.  Inference is given the
 weights as JAX likes them, [I, G*H]: transposed, it took up to three times as long.  Unrolling the
 scan gained nothing that it did not lose elsewhere.

@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tens
 
 Tensor zeros(const Sizes& sizes, ScalarType dtype) {
   const Tensor t = make(sizes, dtype);
-  std::memset(t.mutable_data_ptr(), 0, static_cast<size_t>(t.numel() * item_size(dtype)));
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, static_cast<size_t>(t.numel() * item_size(dtype)));
   return t;
 }
 

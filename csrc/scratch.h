@@ -30,7 +30,7 @@ class Scratch {
 #endif
       size_ = bytes;
     }
-    if (poison()) std::memset(memory_.get(), 0xFF, bytes);
+    if (poison() && bytes > 0) std::memset(memory_.get(), 0xFF, bytes);
     return memory_.get();
   }
 
@@ -44,7 +44,7 @@ class Scratch {
 };
 
 // Scratch memory of one pass: up to kMostKept bytes it is the thread's own, which stays for the next pass. A pass may
-// have several, each with a slot of its own.
+// have several, each with a slot of its own: the first for packed weights, the others for less.
 template <int kSlot = 0>
 class PassScratch {
  public:
@@ -54,7 +54,7 @@ class PassScratch {
   }
 
  private:
-  static constexpr size_t kMostKept = size_t{1} << 26;
+  static constexpr size_t kMostKept = size_t{1} << (kSlot == 0 ? 26 : 24);
   Scratch own_;
 };
 

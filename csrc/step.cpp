@@ -54,12 +54,12 @@ StepNet::StepNet(const std::string& cell, std::vector<Tensor> weights, int64_t H
     STD_TORCH_CHECK(P == H || layer.weight_hr, "fastrnn: a net with P < H needs weight_hr");
     STD_TORCH_CHECK(!scaled || (layer.scale_ih && layer.scale_hh), "fastrnn: int8 weights need scales");
   }
-  for (const Tensor& t : weights_) addresses_.push_back(t.const_data_ptr());
+  for (const Tensor& t : weights_) places_.emplace_back(t);
 }
 
 bool StepNet::is_current() const {
   for (size_t i = 0; i < weights_.size(); ++i)
-    if (weights_[i].const_data_ptr() != addresses_[i] || !weights_[i].is_contiguous()) return false;
+    if (!places_[i].holds(weights_[i])) return false;
   return true;
 }
 

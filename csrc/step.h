@@ -20,6 +20,20 @@ struct StepLayer {
   const float *scale_ih, *scale_hh;
 };
 
+// Where a weight lies, and as what.
+struct Place {
+  const void* address;
+  int64_t rows, elements;
+  ScalarType dtype;
+
+  explicit Place(const Tensor& t)
+      : address(t.const_data_ptr()), rows(t.dim() ? t.size(0) : 1), elements(t.numel()), dtype(t.scalar_type()) {}
+  bool holds(const Tensor& t) const {
+    return t.const_data_ptr() == address && t.numel() == elements && t.scalar_type() == dtype && t.is_contiguous() &&
+           (t.dim() ? t.size(0) : 1) == rows && storage_suffices(t);
+  }
+};
+
 class StepNet {
  public:
   // Seven weights for each layer, in the order of StepLayer; an empty tensor [0] where there is none. quantized:
@@ -46,7 +60,7 @@ class StepNet {
   ScalarType dtype_;
   int64_t I_;
   std::vector<Tensor> weights_;
-  std::vector<const void*> addresses_;
+  std::vector<Place> places_;
   std::vector<StepLayer> layers_;
 };
 

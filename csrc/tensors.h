@@ -1,8 +1,7 @@
-// Tensors of torch's stable ABI: allocation, views as matrices, matrix products, checks of what lies behind them.
+// Tensors of torch's stable ABI: allocation, checks of what lies behind them.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -74,14 +73,24 @@ inline Tensor make(const Sizes& sizes, ScalarType dtype) {
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline OptionalTensor as_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(as_contiguous(*t)) : t; }
 
-// Refuses a tensor whose storage was cut short behind its back (storage.resize_, as FSDP frees parameters).
-inline void check_storage(const Tensor& t, const char* name) {
-  if (t.numel() == 0) return;
-  int64_t bytes = 0, offset = 0;
+inline int64_t storage_bytes(const Tensor& t) {
+  int64_t bytes = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  return bytes;
+}
+
+// Whether the storage of a contiguous tensor holds its elements: it can be cut short behind the tensor's back
+// (storage.resize_, as FSDP frees parameters).
+inline bool storage_suffices(const Tensor& t) {
+  if (t.numel() == 0) return true;
+  int64_t offset = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
-  STD_TORCH_CHECK((offset + t.numel()) * item_size(t.scalar_type()) <= bytes, "fastrnn: the storage of ", name,
-                  " holds ", bytes, " bytes, fewer than its ", t.numel(), " elements");
+  return (offset + t.numel()) * item_size(t.scalar_type()) <= storage_bytes(t);
+}
+
+inline void check_storage(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(storage_suffices(t), "fastrnn: the storage of ", name, " holds ", storage_bytes(t),
+                  " bytes, fewer than its ", t.numel(), " elements");
 }
 
 // A tensor of these sizes and dtype on the CPU, contiguous.

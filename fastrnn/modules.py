@@ -82,13 +82,11 @@ class Layer(nn.RNNBase):
         return stream.step(self, self._spec(), input, state, out) if result is None else result
 
     def _new_stepper(self) -> stream.Stepper | None:
-        spec = self._spec()
-        names, weights = self._flat_weights_names, self._weights()
-        if (
-            spec.directions == 2
-            or any(name not in self._parameters for name in names)
-            or not stream.can_step(spec, weights)
-        ):
+        spec, names = self._spec(), self._flat_weights_names
+        if spec.directions == 2 or any(name not in self._parameters for name in names):
+            return None
+        weights = self._weights()
+        if not stream.can_step(spec, weights):
             return None
         return stream.Stepper(self, spec, stream.weights_of_layers(spec, names, weights))
 

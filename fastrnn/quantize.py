@@ -4,8 +4,8 @@ is what a step costs (small batches, streams).
 The weights of the products, weight_ih and weight_hh, are stored in bfloat16, or in int8 with one
 float32 scale per row (``scale = max|row| / 127``, rounded to nearest). Activations, states, biases
 and projections stay float32. Products with bfloat16 weights are those of float32; an int8 product
-rounds its x to a multiple of ``max|x| / 32767``, which adds at most 1/256 of the error that
-rounding the weights to int8 brings, and is exact from there on.
+rounds its x to a multiple of ``max|x| / 32767``, an error of at most ``max|x| sum|w| / 65536``, and
+is exact from there on. For inputs with outliers, features thousands of times the others, use bf16.
 
 Dimension key: see functional.py.
 """

@@ -83,7 +83,7 @@ class Stepper:
         return output, (h_n, c_n) if self.has_c else h_n
 
     def _pair(self, state: Any) -> Any:
-        if not isinstance(state, (tuple, list)):
+        if not isinstance(state, (tuple, list)) or any(not isinstance(s, Tensor) for s in state):
             raise TypeError(f"LSTM: a state is a pair of Tensors, got {type(state).__name__}")
         return state
 
@@ -108,10 +108,14 @@ def weights_of_layers(
     )
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """What the cell of a layer (its mode) or of a cell (its nonlinearity) depends on."""
-    attributes = module.__dict__
-    return attributes.get("mode") or attributes.get("nonlinearity")
+_ATTRIBUTES = (
+    "mode", "nonlinearity", "input_size", "hidden_size", "proj_size", "num_layers", "bias",
+)  # fmt: skip
+
+
+def kind_of(module: nn.Module) -> tuple[Any, ...]:
+    """What a Stepper depends on beside the weights: the attributes of a layer or cell."""
+    return tuple(map(module.__dict__.get, _ATTRIBUTES))
 
 
 def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
@@ -119,6 +123,7 @@ def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
     return (
         _ops.native_error is None
+        and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
         and first.is_cpu
         and first.dtype in _DTYPES
         and all(t.is_contiguous() and t.dtype == first.dtype and t.is_cpu for t in tensors)
@@ -145,12 +150,11 @@ def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor
             return stepper.run(input, state, out)
         except (RuntimeError, TypeError, ValueError):  # tried again below, and then by forward
             pass
-    stepper = module.__dict__["_stepper"] = module._new_stepper()
-    if stepper is None:
-        return None
+    module.__dict__["_stepper"] = None
     try:
-        return stepper.run(input, state, out)
-    except (RuntimeError, TypeError, ValueError):
+        stepper = module.__dict__["_stepper"] = module._new_stepper()
+        return None if stepper is None else stepper.run(input, state, out)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
 
 

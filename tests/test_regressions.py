@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fw
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import fastrnn
 from compare import check
@@ -164,3 +166,55 @@ def test_gradients_of_both_biases_are_tensors_of_their_own(engine: str) -> None:
     for _ in range(2):
         ours(torch.randn(4, 2, 3))[0].sum().backward()
     assert ours.bias_ih_l0.grad.data_ptr() != ours.bias_hh_l0.grad.data_ptr()
+
+
+def test_parametrizations_run_once_per_call() -> None:
+    layer = fastrnn.LSTM(3, 4)
+    calls = []
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            calls.append(1)
+            return 2 * weight
+
+    parametrize.register_parametrization(layer, "weight_hh_l0", Counted(), unsafe=True)
+    calls.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            layer(torch.randn(5, 2, 3))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("change", ["rows", "columns", "dtype", "storage"])
+def test_weights_that_changed_in_place_are_seen(change: str) -> None:
+    layer, input = fastrnn.GRU(6, 8), torch.randn(5, 2, 6)
+    with torch.no_grad():
+        layer(input)
+        weight = layer.weight_hh_l0
+        if change == "rows":
+            weight.data = weight.data[:16]
+        elif change == "columns":
+            weight.data = weight.data.view(16, 12)
+        elif change == "dtype":
+            weight.data = weight.data.view(torch.bfloat16)
+        else:
+            weight.untyped_storage().resize_(64)
+        with pytest.raises((RuntimeError, ValueError)):
+            layer(input)
+
+
+def test_state_of_nones_is_refused() -> None:
+    with torch.no_grad(), pytest.raises((AttributeError, TypeError)):
+        fastrnn.LSTM(3, 4)(torch.randn(5, 2, 3), (None, None))
+
+
+def test_sums_over_many_features_stay_exact() -> None:
+    theirs = nn.RNN(20000, 8)
+    ours = fastrnn.RNN(20000, 8)
+    with torch.no_grad():
+        theirs.weight_ih_l0.copy_(torch.rand(8, 20000) / 20000)
+        ours.load_state_dict(theirs.state_dict())
+        input = torch.rand(7, 3, 20000)
+        got, same = ours(input)[0], theirs(input)[0]
+        exact = copy.deepcopy(theirs).double()(input.double())[0]
+    check({"output": got}, {"output": same}, {"output": exact})

@@ -1,4 +1,4 @@
-// What surrounds the recurrence on the CPU, included by scan.inl: conversions between storage and compute types, sums.
+// What surrounds the recurrence on the CPU, included by scan.inl: conversion to the storage types, sums.
 
 // target[0..count) = source[0..count), between a 16-bit storage type and float.
 template <class To, class From>
@@ -10,12 +10,6 @@ void convert(const From* source, To* target, int64_t count) {
   }
 }
 
-inline void to_float(Dtype dtype, const void* source, float* target, int64_t count) {
-  if (dtype == Dtype::kBFloat16)
-    convert(static_cast<const BFloat16*>(source), target, count);
-  else
-    convert(static_cast<const Half*>(source), target, count);
-}
 inline void from_float(Dtype dtype, const float* source, void* target, int64_t count) {
   if (dtype == Dtype::kBFloat16)
     convert(source, static_cast<BFloat16*>(target), count);

@@ -10,9 +10,9 @@
 // Order      kLanes partial sums over k, then their sum in a fixed tree; int8: the sums over k are exact, kFixedChunk
 //            of them at a time
 //
-// The fixed-point x of a row is a multiple of max|x| / 32767: its error is at most 2^-16 max|x|, 1 / 256 of what the
-// rounding of the weights to int8 brings. A row with NaN or infinity, or with nothing above 1e-30, is multiplied in
-// floats.
+// The fixed-point x of a row is a multiple of max|x| / 32767: its error is at most 2^-16 max|x|, and that of a product
+// 2^-16 max|x| sum|w|; the rounding of the weights to int8 brings up to max|w| / 254 sum|x|. A row with NaN or
+// infinity, or with nothing above 1e-30, is multiplied in floats.
 #pragma once
 
 #include "product.h"
@@ -178,7 +178,7 @@ FASTRNN_INLINE I32 multiply_fixed(const Int8* weights, const int16_t* x, int n) 
 #endif
 }
 
-constexpr int64_t kFixedChunk = 2048;  // products of 2^22 each that an int32 holds: half of what would overflow
+constexpr int64_t kFixedChunk = 2048;  // so many products of 2^22 in at least 4 lanes: an int32 holds them
 
 FASTRNN_INLINE void add_prepared(const Int8* const* weights, const float* x, int64_t K, int64_t ahead,
                                  Vec<float>* sum) {

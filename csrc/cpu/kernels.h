@@ -63,7 +63,6 @@ struct CpuKernels {
   PassKernels<ScanArgs> forward;
   PassKernels<ScanBackwardArgs> backward;
   // arrays.inl
-  void (*to_float)(Dtype, const void* source, float* target, int64_t count);
   void (*from_float)(Dtype, const float* source, void* target, int64_t count);
   // matrix.inl: pack every block of b, then multiply any rows of target, each with a panel of its own
   size_t (*matrix_bytes)(const ProductArgs&);

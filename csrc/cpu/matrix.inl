@@ -11,6 +11,7 @@
 inline PackedShape shape_of(const ProductArgs& p, int lanes) { return {p.columns, 1, p.K, lanes}; }
 
 constexpr int64_t kFewTerms = 4;
+static_assert(kMatrixRows == kMaxRunRows, "a panel is one run");
 
 inline size_t matrix_bytes(const ProductArgs& p) {
   if (p.K <= kFewTerms) return 0;

@@ -5,7 +5,8 @@
 //            tile stay in L1 while all rows pass over them
 // Memory     a tile's sums in registers; every weight is read once per run and, from L1, once per tile of rows
 // Requires   scratch and sums aligned to the vector; panels hold K elements a row, weights their [gates, units, K]
-// Order      k ascending, one accumulator, so that a result depends neither on the tile nor on the other rows
+// Order      k ascending, one accumulator for each kChunk of them, and these added up in turn: a result depends neither
+//            on the tile nor on the other rows
 //
 // A packed matrix serves `units` hidden units with `gates` columns each. A block is the least number of vectors of
 // units whose columns make whole pairs; a pair of columns lies [k][2][lanes], a last odd column is paired with zeros.
@@ -140,7 +141,7 @@ void product_tile(const S* panel, int64_t stride, const S* packed, int64_t pair_
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) sum[r][c] = add ? load(sums + r * row_sums + c * kLanes, kLanes) : V(S(0));
+    for (int c = 0; c < C; ++c) sum[r][c] = V(S(0));
   const S* row[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) row[r] = panel + r * stride;
@@ -162,7 +163,10 @@ void product_tile(const S* panel, int64_t stride, const S* packed, int64_t pair_
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(sums + r * row_sums + c * kLanes, sum[r][c], kLanes);
+    for (int c = 0; c < C; ++c) {
+      S* target = sums + r * row_sums + c * kLanes;
+      store(target, add ? load(target, kLanes) + sum[r][c] : sum[r][c], kLanes);
+    }
 }
 
 template <class S>
@@ -225,19 +229,18 @@ void product(const S* panel, int64_t stride, int64_t rows, const S* packed, cons
   packed += begin * s.block_pairs * s.pair_size;
   const int64_t most_rows = rows < kMaxRows ? rows : kMaxRows;
   const int64_t step = tile_pairs(static_cast<int>(most_rows));
-  const int64_t chunk = rows <= kMaxRows ? s.K : kChunk;
   for (int64_t pair = 0; pair < pairs; pair += step) {
     const int64_t now = pairs - pair < step ? pairs - pair : step;
     int64_t k = 0;
     do {  // also once where K is 0, which makes the sums 0
-      const int64_t K = s.K - k < chunk ? s.K - k : chunk;
-      const int64_t ahead = !s.is_large ? 0 : chunk < s.K ? chunk * kPair * kLanes : now * s.pair_size;
+      const int64_t K = s.K - k < kChunk ? s.K - k : kChunk;
+      const int64_t ahead = !s.is_large ? 0 : kChunk < s.K ? kChunk * kPair * kLanes : now * s.pair_size;
       for_parts(0, rows, kMaxRows, [&](int64_t first, int64_t count) {
         tile_of<S>(count, now)(panel + first * stride + k, stride, packed + pair * s.pair_size + k * kPair * kLanes,
                                s.pair_size, K, k > 0, sums + first * row_sums + pair * kPair * kLanes, row_sums,
                                first == 0 ? ahead : 0);
       });
-      k += chunk;
+      k += kChunk;
     } while (k < s.K);
   }
 }

@@ -144,7 +144,6 @@ const CpuKernels& kernels() {
   static const CpuKernels table = {FASTRNN_ISA_NAME,
                                    pass_kernels<Forward, ScanArgs>(),
                                    pass_kernels<Backward, ScanBackwardArgs>(),
-                                   to_float,
                                    from_float,
                                    matrix_bytes,
                                    matrix_panel_bytes,
