@@ -27,10 +27,11 @@ struct Place {
   ScalarType dtype;
 
   explicit Place(const Tensor& t)
-      : address(t.const_data_ptr()), rows(t.dim() ? t.size(0) : 1), elements(t.numel()), dtype(t.scalar_type()) {}
+      : address(t.const_data_ptr()), rows(t.dim() ? t.size(0) : 0), elements(t.numel()), dtype(t.scalar_type()) {}
   bool holds(const Tensor& t) const {
+    if (elements == 0) return t.numel() == 0;  // stands for a weight that is not there
     return t.const_data_ptr() == address && t.numel() == elements && t.scalar_type() == dtype && t.is_contiguous() &&
-           (t.dim() ? t.size(0) : 1) == rows && storage_suffices(t);
+           t.size(0) == rows && storage_suffices(t);
   }
 };
 

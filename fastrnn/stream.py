@@ -108,14 +108,10 @@ def weights_of_layers(
     )
 
 
-_ATTRIBUTES = (
-    "mode", "nonlinearity", "input_size", "hidden_size", "proj_size", "num_layers", "bias",
-)  # fmt: skip
-
-
-def kind_of(module: nn.Module) -> tuple[Any, ...]:
-    """What a Stepper depends on beside the weights: the attributes of a layer or cell."""
-    return tuple(map(module.__dict__.get, _ATTRIBUTES))
+def kind_of(module: nn.Module) -> str | None:
+    """What the cell of a layer (its mode) or of a cell (its nonlinearity) depends on."""
+    attributes = module.__dict__
+    return attributes.get("mode") or attributes.get("nonlinearity")
 
 
 def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
