@@ -15,7 +15,7 @@
 
 #include <utility>
 
-#include "vec.h"
+#include "storage.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {

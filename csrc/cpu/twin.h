@@ -2,7 +2,7 @@
 // chains side by side take little longer than one.
 #pragma once
 
-#include "vec.h"
+#include "storage.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {

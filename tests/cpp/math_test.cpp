@@ -5,7 +5,7 @@
 #include <initializer_list>
 #include <limits>
 
-#include "../../csrc/cpu/vec.h"
+#include "../../csrc/cpu/storage.h"
 
 using namespace fastrnn;
 using fastrnn::FASTRNN_ISA::Vec;
