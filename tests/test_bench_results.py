@@ -11,8 +11,8 @@ import pytest
 
 import fastrnn
 
-pytest.importorskip("numpy")
-pytest.importorskip("tqdm")
+pytest.importorskip("numpy", reason="the benchmarks need the extra [bench]")
+pytest.importorskip("tqdm", reason="the benchmarks need the extra [bench]")
 
 sys.path.append(str(Path(__file__).parent.parent))  # after an installed fastrnn, not before it
 
@@ -137,7 +137,7 @@ def test_criteria_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need the extra [bench]")
     file, picture = tmp_path / "rows.json", tmp_path / "speedup.png"
     rows.save(file, [*meeting_rows(), result_row("rnn", None, case="red")])
     assert plot.main([str(file), "--out", str(picture)]) == 0
@@ -177,7 +177,7 @@ def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sweep(
     name: str, points: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need the extra [bench]")
     file, picture = tmp_path / "points.json", tmp_path / "points.png"
     words = ["--cell", "gru", "--quick", "--json", str(file), "--out", str(picture)]
     assert sweep.main([name, *words]) == 0
