@@ -101,25 +101,46 @@ Tensor zeros(const Sizes& sizes, ScalarType dtype) {
   return t;
 }
 
+// What the scan leaves for the products after it, in scratch memory: the gradients of the gates' products [D, N, G * H]
+// and, where they differ, of those with h [D, N, R * H]; with a projection those of h [D, N, P] and o tanh c [D, N, H].
+struct BetweenPasses {
+  Array dgates, drecurrent, dprojected, unprojected;
+
+  explicit BetweenPasses(const Problem& p) {
+    const ScanShape& s = p.shape;
+    const int64_t projected = s.projected ? 1 : 0;
+    const int64_t widths[] = {p.cell.gates * s.H, p.cell.own * s.H, projected * s.P, projected * s.H};
+    size_t offsets[5] = {};
+    for (int i = 0; i < 4; ++i) {
+      const size_t bytes = static_cast<size_t>(s.D * s.N * widths[i] * item_size(p.compute()));
+      offsets[i + 1] = offsets[i] + (bytes + 63) / 64 * 64;
+    }
+    char* memory = scratch_.get(offsets[4]);
+    Array* arrays[] = {&dgates, &drecurrent, &dprojected, &unprojected};
+    for (int i = 0; i < 4; ++i)
+      if (widths[i] > 0) *arrays[i] = Array(memory + offsets[i], p.compute());
+  }
+
+ private:
+  PassScratch<5> scratch_;
+};
+
 // The gradients of the weights of group d from those of its products, in the order of the operator's list.
 class WeightGradients {
  public:
   WeightGradients(const Problem& problem, const Tensor& input, const Tensor& output, const OptionalTensor& h0,
-                  const Tensor& dgates, const Tensor& drecurrent, const Tensor& dprojected, const Tensor& unprojected)
+                  const BetweenPasses& between)
       : p(problem),
         s(problem.shape),
         input_(input),
         output_(output),
         first_(h0 ? *h0 : zeros(problem.state(problem.shape.P), problem.dtype)),
-        dgates_(dgates),
-        drecurrent_(drecurrent),
-        dprojected_(dprojected),
-        unprojected_(unprojected) {}
+        between_(between) {}
 
   // dW_ih [G * H, I] = sum over time of dx_t input_t^T
   Tensor weight_ih(int64_t d) const {
     const Tensor dw = make({G * s.H, p.I}, p.compute());
-    outer_product(Rows::of_matrix(dw, p.I), G * s.H, p.I, Rows::of_group(dgates_, d, s.N, G * s.H),
+    outer_product(Rows::of_matrix(dw, p.I), G * s.H, p.I, Rows::of_group(between_.dgates, d, s.N, G * s.H),
                   Rows::of_matrix(input_, p.I), s.N, false);
     return to_storage(dw, s.dtype, p.dtype);
   }
@@ -130,8 +151,8 @@ class WeightGradients {
     if (s.batch_sizes && !before_) gather_states();
     const int64_t shared = (G - R) * s.H, own = R * s.H;
     const Rows target = Rows::of_matrix(dw, s.P);
-    add_recurrent(target, d, shared, Rows::of_group(dgates_, d, s.N, G * s.H));
-    if (own > 0) add_recurrent(target.from(shared), d, own, Rows::of_group(drecurrent_, d, s.N, own));
+    add_recurrent(target, d, shared, Rows::of_group(between_.dgates, d, s.N, G * s.H));
+    if (own > 0) add_recurrent(target.from(shared), d, own, Rows::of_group(between_.drecurrent, d, s.N, own));
     return to_storage(dw, s.dtype, p.dtype);
   }
 
@@ -139,16 +160,16 @@ class WeightGradients {
   Tensor bias(int64_t d, bool recurrent) const {
     const Tensor db = make({G * s.H}, p.compute());
     const int64_t own = recurrent ? R * s.H : 0;
-    sum_over_rows(dgates_, d, s.N, G * s.H, db, 0, 0, G * s.H - own, p.is_double());
-    if (own > 0) sum_over_rows(drecurrent_, d, s.N, own, db, G * s.H - own, 0, own, p.is_double());
+    sum_over_rows(between_.dgates, d, s.N, G * s.H, db, 0, 0, G * s.H - own, p.is_double());
+    if (own > 0) sum_over_rows(between_.drecurrent, d, s.N, own, db, G * s.H - own, 0, own, p.is_double());
     return to_storage(db, s.dtype, p.dtype);
   }
 
   // dW_hr [P, H] = sum over time of dh_t (o tanh c)_t^T
   Tensor weight_hr(int64_t d) const {
     const Tensor dw = make({s.P, s.H}, p.compute());
-    outer_product(Rows::of_matrix(dw, s.H), s.P, s.H, Rows::of_group(dprojected_, d, s.N, s.P),
-                  Rows::of_group(unprojected_, d, s.N, s.H), s.N, false);
+    outer_product(Rows::of_matrix(dw, s.H), s.P, s.H, Rows::of_group(between_.dprojected, d, s.N, s.P),
+                  Rows::of_group(between_.unprojected, d, s.N, s.H), s.N, false);
     return to_storage(dw, s.dtype, p.dtype);
   }
 
@@ -158,7 +179,7 @@ class WeightGradients {
     sizes.push_back(p.I);
     const Tensor dinput = make(sizes, p.compute());
     for (int64_t d = 0; d < s.D; ++d)
-      row_product(Rows::of_matrix(dinput, p.I), s.N, p.I, Rows::of_group(dgates_, d, s.N, G * s.H),
+      row_product(Rows::of_matrix(dinput, p.I), s.N, p.I, Rows::of_group(between_.dgates, d, s.N, G * s.H),
                   Rows::of_matrix(p.weights.ih[static_cast<size_t>(d)], p.I), G * s.H, d > 0);
     return to_storage(dinput, s.dtype, p.dtype);
   }
@@ -197,7 +218,7 @@ class WeightGradients {
   const ScanShape& s;
   const int64_t G = p.cell.gates, R = p.cell.own;
   const Tensor input_, output_, first_;  // first_: h that enters the first step
-  const Tensor &dgates_, &drecurrent_, &dprojected_, &unprojected_;
+  const BetweenPasses& between_;
   OptionalTensor before_;
 };
 
@@ -212,7 +233,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
                        dh_n = as_contiguous(dh_n_), dc_n = as_contiguous(dc_n_);
   const Problem p(cell, input, list, h0, batch_sizes, groups, direction);
   const ScanShape& s = p.shape;
-  const int64_t G = p.cell.gates, A = p.cell.saved, R = p.cell.own;
+  const int64_t A = p.cell.saved;
   const bool has_c = p.cell.has_c;
   check(input, "the input", sizes_of(input), p.dtype);
   STD_TORCH_CHECK(wanted.size() == list.size() + 3, "fastrnn: wanted must hold ", list.size() + 3, " flags, got ",
@@ -233,18 +254,15 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
   a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype);
   a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype);
 
-  const Tensor dgates = make(p.over_time(G * s.H), p.compute()), drecurrent = make(p.over_time(R * s.H), p.compute());
-  const Tensor dprojected = make(s.projected ? p.over_time(s.P) : none, p.compute());
-  const Tensor unprojected = make(s.projected ? p.over_time(s.H) : none, p.compute());
+  const BetweenPasses between(p);
   Tensor dh0 = make(wanted[1] ? p.state(s.P) : none, p.dtype), dc0 = make(wanted[2] ? p.state(s.H) : none, p.dtype);
-  a.dgates = dgates.mutable_data_ptr(), a.drecurrent = R > 0 ? drecurrent.mutable_data_ptr() : nullptr;
-  a.dprojected = s.projected ? dprojected.mutable_data_ptr() : nullptr;
-  a.unprojected = s.projected ? unprojected.mutable_data_ptr() : nullptr;
+  a.dgates = between.dgates.data, a.drecurrent = between.drecurrent.data;
+  a.dprojected = between.dprojected.data, a.unprojected = between.unprojected.data;
   a.dh0 = wanted[1] ? dh0.mutable_data_ptr() : nullptr;
   a.dc0 = wanted[2] ? dc0.mutable_data_ptr() : nullptr;
   run(a);
 
-  WeightGradients gradients(p, input, output, h0, dgates, drecurrent, dprojected, unprojected);
+  WeightGradients gradients(p, input, output, h0, between);
   std::vector<Tensor> dweights;
   for (size_t i = 0; i < list.size(); ++i) {
     const int64_t d = static_cast<int64_t>(i / p.weights.per_group);

@@ -73,25 +73,25 @@ void multiply(ProductArgs p, int64_t most) {
 void outer_product(const Rows& result, int64_t target_rows, int64_t K, const Rows& a, const Rows& b, int64_t rows,
                    bool add) {
   if (rows == 0 && add) return;
-  const bool is_double = a.array.scalar_type() == ScalarType::Double;
-  multiply({is_double, a.data(), 1, a.row_stride, dtype_of(b.array.scalar_type()), b.data(), b.row_stride,
-            const_cast<void*>(result.data()), result.row_stride, target_rows, K, rows, add},
+  const bool is_double = a.array.dtype == ScalarType::Double;
+  multiply({is_double, a.data(), 1, a.row_stride, dtype_of(b.array.dtype), b.data(), b.row_stride,
+            result.data(), result.row_stride, target_rows, K, rows, add},
            kSumBlock);
 }
 
 void row_product(const Rows& result, int64_t rows, int64_t columns, const Rows& a, const Rows& b, int64_t K, bool add) {
-  const bool is_double = a.array.scalar_type() == ScalarType::Double;
-  multiply({is_double, a.data(), a.row_stride, 1, dtype_of(b.array.scalar_type()), b.data(), b.row_stride,
-            const_cast<void*>(result.data()), result.row_stride, rows, columns, K, add},
+  const bool is_double = a.array.dtype == ScalarType::Double;
+  multiply({is_double, a.data(), a.row_stride, 1, dtype_of(b.array.dtype), b.data(), b.row_stride,
+            result.data(), result.row_stride, rows, columns, K, add},
            kRowBlock);
 }
 
-void sum_over_rows(const Tensor& array, int64_t d, int64_t N, int64_t columns, const Tensor& sums, int64_t first,
+void sum_over_rows(const Array& array, int64_t d, int64_t N, int64_t columns, const Array& sums, int64_t first,
                    int64_t source_column, int64_t count, bool is_double) {
   const size_t size = is_double ? 8 : 4;
   const char* source =
-      static_cast<const char*>(array.const_data_ptr()) + static_cast<size_t>(d * N * columns + source_column) * size;
-  char* target = static_cast<char*>(sums.mutable_data_ptr()) + static_cast<size_t>(first) * size;
+      static_cast<const char*>(array.data) + static_cast<size_t>(d * N * columns + source_column) * size;
+  char* target = static_cast<char*>(sums.data) + static_cast<size_t>(first) * size;
   const int64_t grain = std::max<int64_t>(64, 4 * kMinElementsPerThread / std::max<int64_t>(N, 1));
   in_parallel(count, grain, [&](int64_t begin, int64_t end) {
     cpu_kernels().sum_rows(is_double, source, target, N, columns, begin, end);

@@ -6,10 +6,6 @@
 #include <memory>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "tensors.h"
 
 namespace fastrnn {
@@ -25,9 +21,7 @@ class Scratch {
       const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
       memory_.reset(static_cast<char*>(std::aligned_alloc(alignment, rounded)));
       if (!memory_) throw std::bad_alloc();
-#if defined(__linux__)  // a hint: fewer page faults, and weights that the address cache covers
-      if (bytes >= kHugePage) madvise(memory_.get(), rounded, MADV_HUGEPAGE);
-#endif
+      if (bytes >= kHugePage) advise_huge_pages(memory_.get(), rounded);
       size_ = bytes;
     }
     if (poison() && bytes > 0) std::memset(memory_.get(), 0xFF, bytes);
@@ -35,7 +29,6 @@ class Scratch {
   }
 
  private:
-  static constexpr size_t kHugePage = size_t{1} << 21;
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };
@@ -44,7 +37,8 @@ class Scratch {
 };
 
 // Scratch memory of one pass: up to kMostKept bytes it is the thread's own, which stays for the next pass. A pass may
-// have several, each with a slot of its own: the first for packed weights, the others for less.
+// have several, each with a slot of its own: 0 for packed weights and 5 for the gradients of gates may be large, the
+// others are small.
 template <int kSlot = 0>
 class PassScratch {
  public:
@@ -54,7 +48,7 @@ class PassScratch {
   }
 
  private:
-  static constexpr size_t kMostKept = size_t{1} << (kSlot == 0 ? 26 : 24);
+  static constexpr size_t kMostKept = size_t{1} << (kSlot == 0 || kSlot == 5 ? 26 : 24);
   Scratch own_;
 };
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "huge_pages.h"
 #include "scan.h"
 
 namespace fastrnn {
@@ -64,11 +65,21 @@ inline Tensor make(const Sizes& sizes, ScalarType dtype) {
                                                          strides.data(), type, aoti_torch_device_type_cpu(), 0,
                                                          &handle));
   Tensor t(handle);
-  if (poison() && numel > 0)
-    std::memset(t.mutable_data_ptr(), 0xFF,
-                static_cast<size_t>(dtype == ScalarType::Byte ? numel : numel * item_size(dtype)));
+  const size_t bytes = static_cast<size_t>(dtype == ScalarType::Byte ? numel : numel * item_size(dtype));
+  if (bytes >= kHugePage) advise_huge_pages(t.mutable_data_ptr(), bytes);
+  if (poison() && bytes > 0) std::memset(t.mutable_data_ptr(), 0xFF, bytes);
   return t;
 }
+
+// The elements of a tensor, or of an array in scratch memory.
+struct Array {
+  void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+
+  Array() = default;
+  Array(void* elements, ScalarType type) : data(elements), dtype(type) {}
+  Array(const Tensor& t) : data(const_cast<void*>(t.const_data_ptr())), dtype(t.scalar_type()) {}
+};
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline OptionalTensor as_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(as_contiguous(*t)) : t; }

@@ -43,6 +43,14 @@ def _layer(
     if _ops.resolve((input, h0, c0, *weights)) == "reference":
         checks.one_dtype_and_device(input, (h0, c0, *weights))
         return reference.layer(cell, input, weights, h0, c0, batch_sizes, groups, direction)[:3]
+    return native_layer(cell, input, weights, h0, c0, batch_sizes, groups, direction)
+
+
+def native_layer(
+    cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None,
+    batch_sizes: Tensor | None, groups: int, direction: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``layer`` for tensors that the native kernels take."""
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, h0, c0, *weights)
     ):
@@ -80,7 +88,7 @@ class Layer(Function):
             return (None,) * (4 + len(wanted))
         batch_sizes, input, h0, c0, output, cells, saved, *weights = ctx.saved_tensors
         call = (h0, c0, batch_sizes, ctx.groups, ctx.direction)
-        why_not = _ops.why_not_native((input, *grads, output, cells, saved, h0, c0, *weights))
+        why_not = _ops.why_not_native((input, *grads))  # the others were asked in forward
         if why_not is not None:
             _ops.report(why_not)
         if why_not is not None or torch.is_grad_enabled():

@@ -7,7 +7,6 @@ bounds (inconsistent PackedSequence, states of the wrong batch), these checks ra
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -193,7 +192,7 @@ def packed_batches(spec: LayerSpec, input: PackedSequence) -> None:
     if len(sizes) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     counts = sizes.tolist()
-    if counts[-1] <= 0 or any(b > a for a, b in itertools.pairwise(counts)):
+    if counts[-1] <= 0 or counts != sorted(counts, reverse=True):
         raise RuntimeError(
             f"{spec.name}: batch_sizes must be positive and must not increase, got {counts}"
         )

@@ -1,8 +1,6 @@
-"""Recurrent layers and cells as functions: layers, directions, packing and
-dropout around ``autograd.layer``.
+"""Recurrent layers and cells as functions.
 
-Dimension key: T time, B batch, N rows of packed data, I input, H hidden, P size of h (H, or
-proj_size), G gates, L layers, D directions.
+Dimension key: see layers.py.
 """
 
 from __future__ import annotations
@@ -11,13 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, reference
+from . import checks, layers, reference
 from .autograd import layer
-from .checks import LayerSpec
 
 
 def rnn(
@@ -129,7 +125,7 @@ def _checked_layers(
     mode: str, input: Any, weights: Sequence[Tensor], hx: Any, num_layers: int, bias: bool,
     batch_first: bool, dropout: float, training: bool, bidirectional: bool, proj_size: int = 0,
 ) -> Any:  # fmt: skip
-    """``layers`` for weights that do not come from a module."""
+    """``layers.run`` for weights that do not come from a module."""
     weights = list(weights)
     if num_layers < 1 or not 0 <= dropout <= 1 or proj_size < 0:
         raise ValueError(
@@ -143,106 +139,7 @@ def _checked_layers(
     spec = checks.layer_spec(
         mode, input_size, rows // gates, proj_size, num_layers, bidirectional, bool(bias)
     )
-    return layers(spec, input, weights, hx, batch_first, dropout, training)
-
-
-def layers(
-    spec: LayerSpec, input: Any, weights: Sequence[Tensor], hx: Any, batch_first: bool,
-    dropout: float, training: bool,
-) -> Any:  # fmt: skip
-    """Checks the arguments of a call, brings the data into [T, B, I] or packed rows [N, I], runs
-    the layers and brings the results back into the shape of the input."""
-    checks.layer_weights(spec, weights)
-    if isinstance(input, PackedSequence):
-        return _packed(spec, input, weights, hx, dropout, training)
-    checks.layer_dims(spec, input, hx)
-    batched = input.dim() == 3
-    if batched and batch_first:
-        data = input.transpose(0, 1)
-    else:
-        data = input if batched else input.unsqueeze(1)
-    checks.layer_input(spec, data, weights, packed=False)
-    if hx is not None:
-        if not batched:
-            hx = tuple(s.unsqueeze(1) for s in hx) if spec.has_c else hx.unsqueeze(1)
-        checks.layer_state(spec, hx, data.shape[1], data)
-    if data.shape[0] == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    output, h_n, c_n = _stack(spec, data, None, weights, hx, dropout, training)
-    if batched and batch_first:
-        output = output.transpose(0, 1)
-    elif not batched:
-        output, h_n, c_n = output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if spec.has_c else c_n
-    return output, (h_n, c_n) if spec.has_c else h_n
-
-
-def _packed(
-    spec: LayerSpec, input: PackedSequence, weights: Sequence[Tensor], hx: Any, dropout: float,
-    training: bool,
-) -> Any:  # fmt: skip
-    data, batch_sizes, sorted_indices, unsorted_indices = input
-    checks.packed_batches(spec, input)
-    checks.layer_input(spec, data, weights, packed=True)
-    batch = int(batch_sizes[0])
-    rows = spec.num_layers * spec.directions
-    if hx is None:
-        h = data.new_zeros(rows, batch, spec.output_size)
-        hx = (h, data.new_zeros(rows, batch, spec.hidden_size)) if spec.has_c else h
-    else:
-        checks.layer_state(spec, hx, batch, data)
-        if sorted_indices is not None:
-            states = [s.index_select(1, sorted_indices) for s in (hx if spec.has_c else [hx])]
-            hx = tuple(states) if spec.has_c else states[0]
-    output, h_n, c_n = _stack(spec, data, batch_sizes, weights, hx, dropout, training)
-    if unsorted_indices is not None:
-        h_n = h_n.index_select(1, unsorted_indices)
-        c_n = c_n.index_select(1, unsorted_indices) if spec.has_c else c_n
-    packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-    return packed, (h_n, c_n) if spec.has_c else h_n
-
-
-def _stack(
-    spec: LayerSpec, data: Tensor, batch_sizes: Tensor | None, weights: Sequence[Tensor], hx: Any,
-    dropout: float, training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """All layers over [T, B, I], or [N, I] with ``batch_sizes``: output, h_n, c_n."""
-    cell = spec.cell
-    h0, c0 = hx if spec.has_c and hx is not None else (hx, None)
-    state_dtype = c_dtype = None
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(data.device.type):
-        # As torch.nn: GRU and the packed LSTM without projection keep the dtype of their state
-        # (without hx: of the input), the others take the autocast dtype; with a projection c_n
-        # keeps its own.
-        if cell == "gru" or (cell == "lstm" and batch_sizes is not None and not spec.proj_size):
-            state_dtype = data.dtype if h0 is None else h0.dtype
-        else:
-            c_dtype = (data if c0 is None else c0).dtype if spec.proj_size else None
-            state_dtype = torch.get_autocast_dtype(data.device.type)
-    if state_dtype is not None:
-        data, weights, h0, c0 = _cast(state_dtype, data, weights, h0, c0)
-    D, L = spec.directions, spec.num_layers
-    per_layer = len(weights) // L
-    h_n, c_n = [], []
-    for i in range(L):
-        h, c = (s if s is None or L == 1 else s[i * D : (i + 1) * D] for s in (h0, c0))
-        own = weights[i * per_layer : (i + 1) * per_layer]
-        data, h, c = layer(cell, data, own, h, c, batch_sizes, D, 2 if D == 2 else 0)
-        h_n.append(h)
-        c_n.append(c)
-        if dropout and training and i < L - 1:
-            data = F.dropout(data, dropout, True)
-    h, c = h_n[0], c_n[0]
-    if spec.num_layers > 1:
-        h, c = torch.cat(h_n), torch.cat(c_n) if spec.has_c else c
-    return data, h, c if c_dtype is None else c.to(c_dtype)
-
-
-def _cast(
-    dtype: torch.dtype, data: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
-    c0: Tensor | None,
-) -> tuple[Tensor, Sequence[Tensor], Tensor | None, Tensor | None]:  # fmt: skip
-    h0, c0 = (s if s is None else s.to(dtype) for s in (h0, c0))
-    return data.to(dtype), [w.to(dtype) for w in weights], h0, c0
+    return layers.run(spec, input, weights, hx, batch_first, dropout, training)
 
 
 def rnn_cell(
@@ -330,7 +227,7 @@ def _cell(
     h0, c0 = (s if s is None else s.unsqueeze(0) for s in states)
     data = input.unsqueeze(0)
     if state_dtype is not None:
-        data, weights, h0, c0 = _cast(state_dtype, data, weights, h0, c0)
+        data, weights, h0, c0 = layers.cast(state_dtype, data, weights, h0, c0)
     _, h_n, c_n = layer(cell, data, weights, h0, c0, None, 1, 0)
     h, c = h_n.squeeze(0), c_n.squeeze(0) if lstm_like else c_n
     return (h, c) if batched else (h.squeeze(0), c.squeeze(0) if lstm_like else c)

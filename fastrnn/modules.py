@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, stream, swap
+from . import checks, layers, stream, swap
 
 
 class Layer(nn.RNNBase):
@@ -25,7 +25,7 @@ class Layer(nn.RNNBase):
         """Run the layer over a sequence; see the class for shapes and errors."""
         if (result := self._direct(input, hx)) is not None:
             return result
-        return functional.layers(
+        return layers.run(
             self._spec(), input, self._weights(), hx, self.batch_first, self.dropout, self.training
         )
 

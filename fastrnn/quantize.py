@@ -7,7 +7,7 @@ and projections stay float32. Products with bfloat16 weights are those of float3
 rounds its x to a multiple of ``max|x| / 32767``, an error of at most ``max|x| sum|w| / 65536``, and
 is exact from there on. For inputs with outliers, features thousands of times the others, use bf16.
 
-Dimension key: see functional.py.
+Dimension key: see layers.py.
 """
 
 from __future__ import annotations

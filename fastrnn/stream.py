@@ -5,7 +5,7 @@ The weights are read where they lie, so that no update of them can be missed: in
 ``.data``, by an optimizer or by ``load_state_dict``. What is kept from call to call is where they
 lie, and a call that finds another tensor, or the same one elsewhere, looks anew.
 
-Dimension key: see functional.py.
+Dimension key: see layers.py.
 """
 
 from __future__ import annotations

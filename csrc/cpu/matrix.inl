@@ -2,19 +2,22 @@
 //
 // Computes   target [rows, columns] (+)= a [rows, K] * b [K, columns]
 // Work       the tiles of `product`: b is packed, a copied (or turned) into a panel of kMaxRunRows rows at a time.
-// Where
-//            K is at most kFewTerms neither pays: a row of target is a sum of so many rows of b
+//            Where K is at most kFewTerms, or target has at most kFewRows rows, neither pays: b is read where it lies,
+//            kFewTerms of its rows at a time, and their sum written, or added, to a row of target
 // Memory     packed b; a panel per thread; target read and written once
 // Requires   the caller cuts K so that a panel stays in the second cache
-// Order      of a sum: k ascending, and its total added to target at the end, whatever rows a thread has
+// Order      of a sum: k ascending, and its total added to target at the end, whatever rows a thread has; of few rows:
+//            kFewTerms terms at a time, their sums added up in turn
 
 inline PackedShape shape_of(const ProductArgs& p, int lanes) { return {p.columns, 1, p.K, lanes}; }
 
-constexpr int64_t kFewTerms = 4;
+constexpr int64_t kFewTerms = 4, kFewRows = 2;
 static_assert(kMatrixRows == kMaxRunRows, "a panel is one run");
 
+inline bool is_small(const ProductArgs& p) { return p.K <= kFewTerms || p.rows <= kFewRows; }
+
 inline size_t matrix_bytes(const ProductArgs& p) {
-  if (p.K <= kFewTerms) return 0;
+  if (is_small(p)) return 0;
   return p.is_double ? static_cast<size_t>(shape_of(p, Vec<double>::kLanes).size()) * sizeof(double)
                      : static_cast<size_t>(shape_of(p, Vec<float>::kLanes).size()) * sizeof(float);
 }
@@ -23,7 +26,7 @@ inline size_t matrix_panel_bytes(const ProductArgs& p) {
                      : static_cast<size_t>(kMaxRunRows * panel_stride<float>(p.K)) * sizeof(float);
 }
 inline int64_t matrix_blocks(const ProductArgs& p) {
-  if (p.K <= kFewTerms) return 0;
+  if (is_small(p)) return 0;
   return shape_of(p, p.is_double ? Vec<double>::kLanes : Vec<float>::kLanes).blocks;
 }
 
@@ -50,20 +53,51 @@ inline void pack_matrix(const ProductArgs& p, void* packed, int64_t block) {
   });
 }
 
+// target [columns] = sum of `terms` rows of b, each times its a; or added to target.
+template <int terms, class T, class S>
+void add_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, S* target, int64_t columns, bool add) {
+  using V = Vec<S>;
+  constexpr int kLanes = V::kLanes;
+  V factor[terms];
+  for (int k = 0; k < terms; ++k) factor[k] = V(a[k * a_k]);
+  const auto column = [&](int64_t j, int n) {
+    V sum = factor[0] * load(b + j, n);
+    for (int k = 1; k < terms; ++k) sum = fma(factor[k], load(b + k * b_row + j, n), sum);
+    store(target + j, add ? load(target + j, n) + sum : sum, n);
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= columns; j += kLanes) column(j, kLanes);
+  if (j < columns) column(j, static_cast<int>(columns - j));
+}
+
 template <class T>
-void multiply_few_terms(const ProductArgs& p, int64_t first, int64_t last) {
-  using V = Vec<Compute<T>>;
+void multiply_small(const ProductArgs& p, int64_t first, int64_t last) {
   using S = Compute<T>;
   for (int64_t r = first; r < last; ++r) {
     const S* a = static_cast<const S*>(p.a) + r * p.a_row;
     S* target = static_cast<S*>(p.target) + r * p.target_row;
-    for (int64_t j = 0; j < p.columns; j += V::kLanes) {
-      const int n = p.columns - j < V::kLanes ? static_cast<int>(p.columns - j) : V::kLanes;
-      V sum(S(0));
-      for (int64_t k = 0; k < p.K; ++k)
-        sum = fma(V(a[k * p.a_k]), load(static_cast<const T*>(p.b) + k * p.b_row + j, n), sum);
-      store(target + j, p.add ? load(target + j, n) + sum : sum, n);
-    }
+    int64_t k = 0;
+    do {  // also once where K is 0, which makes the sums 0
+      const T* b = static_cast<const T*>(p.b) + k * p.b_row;
+      const bool add = p.add || k > 0;
+      switch (p.K - k) {
+        case 0:
+          for (int64_t j = 0; !add && j < p.columns; ++j) target[j] = 0;
+          break;
+        case 1:
+          add_terms<1>(a + k * p.a_k, p.a_k, b, p.b_row, target, p.columns, add);
+          break;
+        case 2:
+          add_terms<2>(a + k * p.a_k, p.a_k, b, p.b_row, target, p.columns, add);
+          break;
+        case 3:
+          add_terms<3>(a + k * p.a_k, p.a_k, b, p.b_row, target, p.columns, add);
+          break;
+        default:
+          add_terms<kFewTerms>(a + k * p.a_k, p.a_k, b, p.b_row, target, p.columns, add);
+      }
+      k += kFewTerms;
+    } while (k < p.K);
   }
 }
 
@@ -121,8 +155,8 @@ void multiply_panels(const ProductArgs& p, const S* packed, S* panel, int64_t fi
 
 // Rows [first, last) of target.
 inline void multiply_matrix(const ProductArgs& p, const void* packed, void* panel, int64_t first, int64_t last) {
-  if (p.K <= kFewTerms)
-    with_b_type(p, [&](auto type) { multiply_few_terms<decltype(type)>(p, first, last); });
+  if (is_small(p))
+    with_b_type(p, [&](auto type) { multiply_small<decltype(type)>(p, first, last); });
   else if (p.is_double)
     multiply_panels(p, static_cast<const double*>(packed), static_cast<double*>(panel), first, last);
   else

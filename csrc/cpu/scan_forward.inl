@@ -87,7 +87,8 @@ struct Forward {
   const int64_t d;
   const Part units;               // this thread's blocks of units, and the units
   int now = 0;                    // h[now] enters the step, h[1 - now] leaves it
-  int64_t chunk_row[kChunkRows];  // first row of each step of the chunk in x and gates
+  int64_t chunk_begin = 0, chunk_end = 0;  // the steps whose input products are there
+  int64_t chunk_row[kChunkRows];           // first row of each of them in x and gates
   const Matrix ih, hh, hr;
   RunSums<S> sums;
 
@@ -132,7 +133,7 @@ struct Forward {
     int64_t n = share.b_begin;  // rows [b_begin, n) are in the recurrence
     for (int64_t step = 0; step < a.T; ++step) {
       const int64_t t = time_of(step), active = active_end(t);
-      if (step % plan.chunk == 0) input_products(step);
+      if (step == chunk_end) input_products(step);
       for (; n < active; ++n) enter(n);
       for (; n > active; --n) leave(n - 1);
       if (n == share.b_begin) continue;
@@ -141,7 +142,7 @@ struct Forward {
       prepare_rows(hh, h_row(now, b_begin), s.h_stride, count);
       runs(s.hh, units.begin, units.end, 0, count, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
         multiply(hh, h_row(now, b_begin), s.h_stride, i, rows, begin, end, sums.data);
-        cell_run(t, chunk_row[step % plan.chunk] + i, b_begin + i, rows, begin, end);
+        cell_run(t, chunk_row[step - chunk_begin] + i, b_begin + i, rows, begin, end);
       });
       if (a.projected) {
         prepare_rows(hr, m_row(b_begin), s.c_stride, count);
@@ -173,16 +174,18 @@ struct Forward {
     return bias ? load(static_cast<const T*>(bias[d]) + k * a.H + j, n) : V(S(0));
   }
 
-  // gates = W_ih x of the steps from `first` on
+  // gates = W_ih x of the steps from `first` on: of plan.chunk steps, or of more where these have fewer rows.
   void input_products(int64_t first) {
-    int64_t rows = 0;
-    const int64_t last = a.T - first < plan.chunk ? a.T : first + plan.chunk;
-    for (int64_t step = first; step < last; ++step) {
+    const int64_t most_rows = plan.chunk * (share.b_end - share.b_begin);
+    int64_t rows = 0, step = first;
+    for (; step < a.T && step - first < kChunkRows; ++step) {
       const int64_t t = time_of(step), end = active_end(t);
+      if (rows + end - share.b_begin > most_rows) break;
       chunk_row[step - first] = rows;
       for (int64_t b = share.b_begin; b < end; ++b, ++rows)
         copy_row(at<T>(a.input, a.row(t, b) * a.I), Part(a.I), x_row(rows));
     }
+    chunk_begin = first, chunk_end = step;
     prepare_rows(ih, x_row(0), s.x_stride, rows);
     runs(s.ih, units.begin, units.end, 0, rows, [&](int64_t row, int64_t count, int64_t begin, int64_t end) {
       multiply(ih, x_row(0), s.x_stride, row, count, begin, end,
