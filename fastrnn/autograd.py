@@ -9,7 +9,7 @@ Dimension key: see reference.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,19 +88,80 @@ class Layer(Function):
             return (None,) * (4 + len(wanted))
         batch_sizes, input, h0, c0, output, cells, saved, *weights = ctx.saved_tensors
         call = (h0, c0, batch_sizes, ctx.groups, ctx.direction)
-        why_not = _ops.why_not_native((input, *grads))  # the others were asked in forward
-        if why_not is not None:
-            _ops.report(why_not)
-        if why_not is not None or torch.is_grad_enabled():
-            gradients = _differentiate_reference(ctx.cell, input, weights, call, grads, wanted)
+        if _differentiates_reference(input, grads):
+            gradients = _reference_gradients(
+                lambda: reference.layer(ctx.cell, input, weights, *call)[:3],
+                grads, (input, h0, c0, *weights), wanted,
+            )  # fmt: skip
             return (None, None, None, None, *gradients)
         if ctx.changes._version:
             output = _ops.layer(ctx.cell, input, weights, *call, False)[0]
-        results: tuple[Any, ...] = (input, output, cells, saved, weights, *call)
-        arguments: tuple[Any, ...] = (ctx.cell, *grads, *results, list(map(int, wanted)))
-        dinput, dweights, dh0, dc0 = _ops.layer_backward(*arguments)
+        dinput, dweights, dh0, dc0 = _ops.layer_backward(
+            ctx.cell, *grads, input, output, cells, saved, weights, *call, list(map(int, wanted))
+        )
         found = zip((dinput, dh0, dc0, *dweights), wanted, strict=True)
         return (None, None, None, None, *(g if want else None for g, want in found))
+
+
+def step(
+    cell: str, input: Tensor, weights: Sequence[Tensor], h: Tensor | None, c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One step of ``layer``: input [B, I], h and c [B, H] or None -> h' and c'."""
+    tensors = (input, h, c, *weights)
+    if (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and any(t is not None and t.requires_grad for t in tensors)
+        and _ops.resolve(tensors) == "native"
+    ):
+        results: tuple[Tensor, Tensor] = Step.apply(cell, input, h, c, *weights)
+        return results
+    data, h0, c0 = _with_time(input, h, c)
+    _, h_n, c_n = layer(cell, data, weights, h0, c0, None, 1, 0)
+    return h_n.squeeze(0), c_n.squeeze(0)
+
+
+class Step(Function):
+    """``step`` on the native kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        cell, input, h, c, *weights = arguments
+        data, h0, c0 = _with_time(input, h, c)
+        output, h_n, c_n, cells, saved = _ops.layer(
+            cell, data, weights, h0, c0, None, 1, 0, True
+        )
+        ctx.save_for_backward(input, h, c, output, cells, saved, *weights)
+        ctx.cell = cell
+        ctx.set_materialize_grads(False)
+        return h_n.squeeze_(0), c_n.squeeze_(0)  # no views: the user may change them in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        if all(g is None for g in grads):
+            return (None,) * (1 + len(wanted))
+        input, h, c, output, cells, saved, *weights = ctx.saved_tensors
+        if _differentiates_reference(input, grads):
+
+            def run() -> list[Tensor]:
+                data, h0, c0 = _with_time(input, h, c)
+                results = reference.layer(ctx.cell, data, weights, h0, c0, None, 1, 0)
+                return [results[1].squeeze(0), results[2].squeeze(0)]
+
+            return None, *_reference_gradients(run, grads, (input, h, c, *weights), wanted)
+        data, h0, c0 = _with_time(input, h, c)
+        dinput, dweights, dh, dc = _ops.layer_backward(
+            ctx.cell, None, *_with_time(*grads), data, output, cells, saved, weights, h0, c0,
+            None, 1, 0, list(map(int, wanted)),
+        )  # fmt: skip
+        found = (dinput.squeeze_(0), dh.squeeze_(0), dc.squeeze_(0), *dweights)
+        return None, *(g if want else None for g, want in zip(found, wanted, strict=True))
+
+
+def _with_time(*tensors: Tensor | None) -> list[Any]:
+    """[...] as [1, ...]: of one time step, or of one layer and direction."""
+    return [t if t is None else t.unsqueeze(0) for t in tensors]
 
 
 def _version_counter(tensor: Tensor) -> Tensor:
@@ -111,21 +172,27 @@ def _version_counter(tensor: Tensor) -> Tensor:
     return counter
 
 
-def _differentiate_reference(
-    cell: str,
-    input: Tensor,
-    weights: Sequence[Tensor],
-    call: tuple[Any, ...],
+def _differentiates_reference(input: Tensor, grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass is PyTorch's own derivative of the reference: where it is to be
+    differentiated itself, and where the kernels cannot run, which is reported."""
+    why_not = _ops.why_not_native((input, *grads))  # what was saved was asked in forward
+    if why_not is not None:
+        _ops.report(why_not)
+    return why_not is not None or torch.is_grad_enabled()
+
+
+def _reference_gradients(
+    run: Callable[[], Sequence[Tensor]],
     grads: Sequence[Tensor | None],
+    leaves: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of input, h0, c0 and weights by PyTorch's own derivative of the reference,
+    """The gradients of the leaves that are wanted, from those of the results of `run`;
     differentiable if gradients are enabled."""
     differentiated = torch.is_grad_enabled()
-    leaves = (input, *call[:2], *weights)
-    inputs = [t for t, want in zip(leaves, wanted, strict=True) if want]
+    inputs = [t for t, want in zip(leaves, wanted, strict=True) if want and t is not None]
     with torch.enable_grad():
-        results = reference.layer(cell, input, weights, *call)[:3]
+        results = run()
     kept = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
     found = iter(
         torch.autograd.grad(
@@ -136,4 +203,4 @@ def _differentiate_reference(
     return [next(found) if want else None for want in wanted]
 
 
-__all__ = ["layer"]
+__all__ = ["layer", "native_layer", "step"]

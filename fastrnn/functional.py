@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, layers, reference
-from .autograd import layer
+from .autograd import step
 
 
 def rnn(
@@ -224,13 +224,11 @@ def _cell(
         if name == "RNNCell":
             state_dtype = torch.get_autocast_dtype(input.device.type)
     weights: Sequence[Tensor] = [weight_ih, weight_hh, *(b for b in biases if b is not None)]
-    h0, c0 = (s if s is None else s.unsqueeze(0) for s in states)
-    data = input.unsqueeze(0)
+    h, c = states
     if state_dtype is not None:
-        data, weights, h0, c0 = layers.cast(state_dtype, data, weights, h0, c0)
-    _, h_n, c_n = layer(cell, data, weights, h0, c0, None, 1, 0)
-    h, c = h_n.squeeze(0), c_n.squeeze(0) if lstm_like else c_n
-    return (h, c) if batched else (h.squeeze(0), c.squeeze(0) if lstm_like else c)
+        input, weights, h, c = layers.cast(state_dtype, input, weights, h, c)
+    h, c = step(cell, input, weights, h, c)
+    return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]

@@ -70,35 +70,31 @@ void add_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, S* target, in
   if (j < columns) column(j, static_cast<int>(columns - j));
 }
 
+// target [columns] = sum of K rows of b, each times its a; or added to target.
+template <class T, class S>
+void sum_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, int64_t K, S* target, int64_t columns, bool add) {
+  for (int64_t j = 0; K == 0 && !add && j < columns; ++j) target[j] = 0;
+  for (int64_t k = 0; k < K; k += kFewTerms, a += kFewTerms * a_k, b += kFewTerms * b_row, add = true) switch (K - k) {
+      case 1:
+        add_terms<1>(a, a_k, b, b_row, target, columns, add);
+        break;
+      case 2:
+        add_terms<2>(a, a_k, b, b_row, target, columns, add);
+        break;
+      case 3:
+        add_terms<3>(a, a_k, b, b_row, target, columns, add);
+        break;
+      default:
+        add_terms<kFewTerms>(a, a_k, b, b_row, target, columns, add);
+    }
+}
+
 template <class T>
 void multiply_small(const ProductArgs& p, int64_t first, int64_t last) {
   using S = Compute<T>;
-  for (int64_t r = first; r < last; ++r) {
-    const S* a = static_cast<const S*>(p.a) + r * p.a_row;
-    S* target = static_cast<S*>(p.target) + r * p.target_row;
-    int64_t k = 0;
-    do {  // also once where K is 0, which makes the sums 0
-      const T* b = static_cast<const T*>(p.b) + k * p.b_row;
-      const bool add = p.add || k > 0;
-      switch (p.K - k) {
-        case 0:
-          for (int64_t j = 0; !add && j < p.columns; ++j) target[j] = 0;
-          break;
-        case 1:
-          add_terms<1>(a + k * p.a_k, p.a_k, b, p.b_row, target, p.columns, add);
-          break;
-        case 2:
-          add_terms<2>(a + k * p.a_k, p.a_k, b, p.b_row, target, p.columns, add);
-          break;
-        case 3:
-          add_terms<3>(a + k * p.a_k, p.a_k, b, p.b_row, target, p.columns, add);
-          break;
-        default:
-          add_terms<kFewTerms>(a + k * p.a_k, p.a_k, b, p.b_row, target, p.columns, add);
-      }
-      k += kFewTerms;
-    } while (k < p.K);
-  }
+  for (int64_t r = first; r < last; ++r)
+    sum_terms(static_cast<const S*>(p.a) + r * p.a_row, p.a_k, static_cast<const T*>(p.b), p.b_row, p.K,
+              static_cast<S*>(p.target) + r * p.target_row, p.columns, p.add);
 }
 
 // panel = rows [first, first + rows) of a

@@ -58,7 +58,7 @@ constexpr int64_t kMinStepPerMember = 16000;
 // keeps its part of the weights in its own cache.
 constexpr int64_t kMinRowsPerThread = 16;
 // Packing costs about as much as two steps; a product with this few rows is as fast on the weights as they lie.
-constexpr int64_t kMaxDirectRows = 1, kMaxDirectSteps = 2, kMaxDirectStepRows = 4;
+constexpr int64_t kMaxDirectRows = 1, kMaxDirectSteps = 2, kMaxDirectStepRows = 4, kMaxDirectBackwardRows = 2;
 // For a single row it is faster only by a tenth or two.
 constexpr int64_t kMinPackedSteps = 32, kMaxPackedWeights = 1 << 18;
 // The same for the input weights, whose product takes the rows of many steps at once.
@@ -79,9 +79,8 @@ void choose_layout(const ScanArgs& a, int64_t rows, CpuPlan& plan) {
   const int64_t chunk_rows = plan.packed_input ? kChunkRows : kMaxDirectInputRows;
   plan.chunk = std::clamp<int64_t>(chunk_rows / rows, 1, a.T);
 }
-// A backward pass has no product where its only step has no initial h that asks for its gradient.
 void choose_layout(const ScanBackwardArgs& a, int64_t, CpuPlan& plan) {
-  plan.packed = a.T > 1 || a.dh0 || a.projected;
+  plan.packed = a.T > kMaxDirectSteps || a.B > kMaxDirectBackwardRows || a.projected;
   plan.packed_input = false, plan.chunk = 1;
 }
 

@@ -51,11 +51,12 @@ struct Backward {
                    s.packed_hr + d * s.hr.size());
   }
 
-  static void run(const ScanBackwardArgs& args, const CpuPlan&, char* scratch, const Share& share) {
-    Backward(args, scratch, share).run();
+  static void run(const ScanBackwardArgs& args, const CpuPlan& p, char* scratch, const Share& share) {
+    Backward(args, p, scratch, share).run();
   }
 
   const ScanBackwardArgs& a;
+  const CpuPlan& plan;
   const Share& share;
   const BackwardScratch<S> s;
   const int64_t d;
@@ -63,8 +64,8 @@ struct Backward {
   int now = 0;       // dr[now] comes from the step run before, dr[1 - now] is this step's
   RunSums<S> sums;
 
-  Backward(const ScanBackwardArgs& args, char* scratch, const Share& part)
-      : a(args), share(part), s(args, G, scratch), d(part.d), units(s.hh, part) {}
+  Backward(const ScanBackwardArgs& args, const CpuPlan& p, char* scratch, const Share& part)
+      : a(args), plan(p), share(part), s(args, G, scratch), d(part.d), units(s.hh, part) {}
 
   S* dr_row(int panel, int64_t b) const { return s.dr[panel] + (d * a.B + b) * s.dr_stride; }
   S* dh_row(int64_t b) const { return s.dh + (d * a.B + b) * s.dh_stride; }
@@ -114,9 +115,21 @@ struct Backward {
     if (first == last) return;
     if (share.team) share.team->barrier();  // every unit of dr[now] is there, and nobody reads dr[1 - now] any more
     runs(s.hh, units.begin, units.end, first, last, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
-      product(dr_row(now, b), s.dr_stride, rows, s.packed_hh + d * s.hh.size(), s.hh, begin, end, sums.data);
+      if (plan.packed)
+        product(dr_row(now, b), s.dr_stride, rows, s.packed_hh + d * s.hh.size(), s.hh, begin, end, sums.data);
+      else
+        product_unpacked(b, rows, begin, end);
       finish(b, rows, begin, end);
     });
+  }
+
+  // The same on weight_hh where it lies.
+  void product_unpacked(int64_t b, int64_t rows, int64_t begin, int64_t end) {
+    const int64_t first = s.hh.first_vector(begin) * kLanes, columns = s.hh.vectors_in(begin, end) * kLanes;
+    const T* weight = static_cast<const T*>(a.weight_hh[d]) + first;
+    for (int64_t i = 0; i < rows; ++i)
+      sum_terms(dr_row(now, b + i), 1, weight, a.P, s.hh.K, sums.data + i * s.hh.columns(begin, end) * kLanes,
+                std::min(columns, a.P - first), false);
   }
 
   void enter(int64_t b) {
