@@ -107,17 +107,24 @@ def step(
     cell: str, input: Tensor, weights: Sequence[Tensor], h: Tensor | None, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One step of ``layer``: input [B, I], h and c [B, H] or None -> h' and c'."""
-    tensors = (input, h, c, *weights)
-    if (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and any(t is not None and t.requires_grad for t in tensors)
-        and _ops.resolve(tensors) == "native"
+    if not torch.compiler.is_compiling() and _ops.resolve((input, h, c, *weights)) == "native":
+        return native_step(cell, input, weights, h, c)
+    data, h0, c0 = _with_time(input, h, c)
+    _, h_n, c_n = layer(cell, data, weights, h0, c0, None, 1, 0)
+    return h_n.squeeze(0), c_n.squeeze(0)
+
+
+def native_step(
+    cell: str, input: Tensor, weights: Sequence[Tensor], h: Tensor | None, c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``step`` for tensors that the native kernels take."""
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, h, c, *weights)
     ):
         results: tuple[Tensor, Tensor] = Step.apply(cell, input, h, c, *weights)
         return results
     data, h0, c0 = _with_time(input, h, c)
-    _, h_n, c_n = layer(cell, data, weights, h0, c0, None, 1, 0)
+    _, h_n, c_n, _, _ = _ops.layer(cell, data, weights, h0, c0, None, 1, 0, False)
     return h_n.squeeze(0), c_n.squeeze(0)
 
 
@@ -203,4 +210,4 @@ def _reference_gradients(
     return [next(found) if want else None for want in wanted]
 
 
-__all__ = ["layer", "native_layer", "step"]
+__all__ = ["layer", "native_layer", "native_step", "step"]

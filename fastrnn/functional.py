@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, layers, reference
-from .autograd import step
+from . import _ops, checks, layers, reference
+from .autograd import native_step, step
 
 
 def rnn(
@@ -205,6 +205,21 @@ def _cell(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A layer over one step: h' and c'."""
     lstm_like = name == "LSTMCell"
+    given = (weight_ih, weight_hh, bias_ih, bias_hh)
+    weights: Sequence[Tensor] = [w for w in given if w is not None]
+    own = hx if lstm_like else (hx,)
+    if (
+        isinstance(own, tuple)
+        and len(own) == 1 + lstm_like
+        and all(isinstance(t, Tensor) and t.is_cpu for t in (input, *own, *weights))
+        and input.dim() == 2
+        and not torch.compiler.is_compiling()
+        and _ops.is_plain_native()
+    ):
+        try:
+            return native_step(cell, input, weights, *(*own, None)[:2])
+        except RuntimeError:  # the checks below name the argument
+            pass
     if lstm_like and isinstance(hx, Tensor):
         raise TypeError("LSTMCell: hx must be a tuple (h, c) of Tensors, not a Tensor")
     checks.cell_dims(name, input, hx)
@@ -223,7 +238,6 @@ def _cell(
         state_dtype = input.dtype if states[0] is None else states[0].dtype
         if name == "RNNCell":
             state_dtype = torch.get_autocast_dtype(input.device.type)
-    weights: Sequence[Tensor] = [weight_ih, weight_hh, *(b for b in biases if b is not None)]
     h, c = states
     if state_dtype is not None:
         input, weights, h, c = layers.cast(state_dtype, input, weights, h, c)
