@@ -149,6 +149,35 @@ def test_output_changed_in_place(engine: str, kind: str, part: slice) -> None:
     )
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_states_of_cells_changed_in_place(engine: str, kind: str, batch: int) -> None:
+    """Episode resets multiply the states by a mask."""
+    ours, theirs = twins(kind, 3, 4)
+    input, first = torch.randn(5, batch, 3), torch.randn(batch, 4)
+
+    def run(module: Any, dtype: torch.dtype, in_place: bool) -> dict[str, Tensor]:
+        module.to(dtype)
+        leaves = [input.to(dtype).requires_grad_(), first.to(dtype).requires_grad_()]
+        state: Any = (leaves[1],) * 2 if kind == "LSTMCell" else leaves[1]
+        loss = torch.zeros((), dtype=dtype)
+        for x in leaves[0]:
+            state = module(x, state)
+            states = state if isinstance(state, tuple) else (state,)
+            for s in states:
+                loss = loss + (3.0 * s).sum()
+            states = tuple(s.mul_(0.5) if in_place else 0.5 * s for s in states)
+            state = states if kind == "LSTMCell" else states[0]
+        found = torch.autograd.grad(loss, [*leaves, *module.parameters()])
+        return {str(i): g for i, g in enumerate(found)}
+
+    check(
+        run(ours, torch.float32, True),
+        run(theirs, torch.float32, False),
+        run(theirs, torch.float64, False),
+    )
+
+
 def test_output_changed_behind_autograd(engine: str) -> None:
     ours, _ = twins("GRU", 3, 4)
     input = torch.randn(4, 2, 3)
