@@ -17,7 +17,8 @@ constexpr size_t kHugePage = size_t{1} << 21;
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage, end = (address + bytes) / kHugePage * kHugePage;
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage,
+                  end = (address + bytes) / kHugePage * kHugePage;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

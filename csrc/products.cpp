@@ -74,15 +74,15 @@ void outer_product(const Rows& result, int64_t target_rows, int64_t K, const Row
                    bool add) {
   if (rows == 0 && add) return;
   const bool is_double = a.array.dtype == ScalarType::Double;
-  multiply({is_double, a.data(), 1, a.row_stride, dtype_of(b.array.dtype), b.data(), b.row_stride,
-            result.data(), result.row_stride, target_rows, K, rows, add},
+  multiply({is_double, a.data(), 1, a.row_stride, dtype_of(b.array.dtype), b.data(), b.row_stride, result.data(),
+            result.row_stride, target_rows, K, rows, add},
            kSumBlock);
 }
 
 void row_product(const Rows& result, int64_t rows, int64_t columns, const Rows& a, const Rows& b, int64_t K, bool add) {
   const bool is_double = a.array.dtype == ScalarType::Double;
-  multiply({is_double, a.data(), a.row_stride, 1, dtype_of(b.array.dtype), b.data(), b.row_stride,
-            result.data(), result.row_stride, rows, columns, K, add},
+  multiply({is_double, a.data(), a.row_stride, 1, dtype_of(b.array.dtype), b.data(), b.row_stride, result.data(),
+            result.row_stride, rows, columns, K, add},
            kRowBlock);
 }
 

@@ -1,8 +1,9 @@
-// fastrnn._C: what the extension says of itself. Introspection only, no tensors.
+// fastrnn._C: what the extension says of itself; and from python_stream.cpp the short way to the operators of steps.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/scan_cpu.h"
+#include "python_stream.h"
 #include "tensors.h"
 
 #define FASTRNN_TEXT_(x) #x
@@ -11,7 +12,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Introspection of the native extension of fastrnn; importing it registers torch.ops.fastrnn.";
+  m.doc() = "The native extension of fastrnn; importing it registers torch.ops.fastrnn.";
   m.def("build_info", [] {
     py::dict info;
     info["version"] = FASTRNN_TEXT(FASTRNN_VERSION);
@@ -47,4 +48,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &fastrnn::cpu_isas);
   m.def("cpu_isa", &fastrnn::cpu_isa);
   m.def("set_cpu_isa", &fastrnn::set_cpu_isa, py::arg("name"));
+  fastrnn::bind_stream(m);
 }

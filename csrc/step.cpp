@@ -132,6 +132,7 @@ struct StepCall {
     const int64_t dims = input.dim();
     STD_TORCH_CHECK(dims >= 1 && dims <= 3, "fastrnn: the input must have 1 to 3 dimensions, got ", dims);
     T = dims == 3 ? input.size(0) : 1, B = dims >= 2 ? input.size(dims - 2) : 1;
+    STD_TORCH_CHECK(T > 0, "fastrnn: Expected sequence length to be larger than 0 in RNN");
     Sizes sizes = sizes_of(input);
     sizes.back() = net->I();
     check(input, "the input", sizes, net->dtype());

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,16 +138,20 @@ def why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
 def is_plain_native() -> bool:
     """Whether nothing but the native kernels is asked for: no other backend, no transform, no
     autocast, no tracing."""
-    return (
-        native_error is None
-        and get_backend() != "reference"
-        and not torch._C._is_any_autocast_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and forward_ad._current_level < 0
-    )
+    return native_error is None and plain_calls.hold()
+
+
+def _plain_calls() -> Any:
+    """What ``is_plain_native`` asks, see csrc/python_stream.cpp."""
+    conditions = [
+        (torch._C._is_any_autocast_enabled, False),
+        (torch._C._are_functorch_transforms_active, False),
+        (torch._C._get_tracing_state, None),
+        (torch._C._len_torch_dispatch_stack, 0),
+        (torch._C._len_torch_function_stack, 0),
+    ]
+    extension = importlib.import_module("fastrnn._C")
+    return extension.PlainCalls(conditions, _scoped, globals(), forward_ad)
 
 
 def resolve(tensors: Sequence[Tensor | None]) -> str:
@@ -232,6 +237,7 @@ def _layer_backward_fake(
 
 
 if native_error is None:
+    plain_calls = _plain_calls()
     layer = torch.ops.fastrnn.layer.default
     layer_backward = torch.ops.fastrnn.layer_backward.default
     step = torch.ops.fastrnn.step.default

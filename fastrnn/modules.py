@@ -6,7 +6,6 @@ names, initialisation, state dict, pickling and repr. What is fastrnn's own is `
 
 from __future__ import annotations
 
-import sys
 from typing import Any, cast
 
 import torch
@@ -17,9 +16,6 @@ from . import checks, layers, stream, swap
 
 class Layer(nn.RNNBase):
     """What the three layers share."""
-
-    # Sequences of a batch up to which `forward` runs as steps do.
-    _max_direct_batch: int = sys.maxsize
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run the layer over a sequence; see the class for shapes and errors."""
@@ -32,22 +28,15 @@ class Layer(nn.RNNBase):
     def _direct(self, input: Any, hx: Any) -> Any:
         """The sequence without the general path's work; None where that has to run."""
         # Compiling: torch.compile leaves the graph further down, in autograd.py.
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or self.bidirectional
-            or type(input) is not Tensor
-            or input.dim() != 3
-        ):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.bidirectional:
             return None
-        data = input.transpose(0, 1) if self.batch_first else input
-        T, B, _ = data.shape
-        if T == 0 or not 0 < B <= self._max_direct_batch:
+        if type(input) is not Tensor or input.dim() != 3:
             return None
-        if (result := stream.run(self, data, hx)) is None:
+        if not self.batch_first:
+            return stream.run(self, input, hx)
+        if (result := stream.run(self, input.transpose(0, 1), hx)) is None:
             return None
-        output, state = result
-        return (output.transpose(0, 1) if self.batch_first else output), state
+        return result[0].transpose(0, 1), result[1]
 
     def step(self, input: Tensor, state: Any = None, out: Any = None) -> tuple[Tensor, Any]:
         """One time step of a stream: the next output and state.

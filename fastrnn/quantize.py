@@ -12,6 +12,8 @@ Dimension key: see layers.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,12 @@ class QuantizedLayer(modules.Layer):
     _max_direct_batch = 4
     _weight_type: str
     _originals: dict[str, nn.Parameter]
+
+    def _direct(self, input: Any, hx: Any) -> Any:
+        if not isinstance(input, Tensor) or input.dim() != 3:
+            return None
+        few = input.shape[0 if self.batch_first else 1] <= self._max_direct_batch
+        return super()._direct(input, hx) if few else None
 
     def _weights(self) -> list[Tensor]:
         return [self._float_weight(name) for name in self._flat_weights_names]

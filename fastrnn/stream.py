@@ -10,8 +10,9 @@ Dimension key: see layers.py.
 
 from __future__ import annotations
 
+import importlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -39,53 +40,28 @@ class Stepper:
     without it."""
 
     def __init__(self, module: nn.Module, spec: LayerSpec, weights: StepWeights) -> None:
-        self.kind, self.has_c = kind_of(module), spec.has_c
-        self.held = [
+        held = [
             (name in module._parameters, name, t)
             for names, layer in zip(weights.names, weights.layers, strict=True)
             for name, t in zip(names, layer, strict=True)
             if name is not None and t is not None
         ]
         tensors = [torch.empty(0) if t is None else t for layer in weights.layers for t in layer]
-        self.net: int = torch.ops.fastrnn.step_net(
+        net: int = torch.ops.fastrnn.step_net(
             spec.cell, tensors, spec.hidden_size, spec.output_size, weights.quantized
         )
-        weakref.finalize(self, torch.ops.fastrnn.step_free, self.net)
-
-    def is_current(self, module: nn.Module) -> bool:
-        """Whether the module is of the kind it was, and every weight the tensor it was. Whether it
-        lies where it lay, the operators find out."""
-        if kind_of(module) != self.kind:
-            return False
-        parameters, buffers = module._parameters, module._buffers
-        for is_parameter, name, held in self.held:
-            if (parameters if is_parameter else buffers).get(name) is not held:
-                return False
-        return True
+        weakref.finalize(self, torch.ops.fastrnn.step_free, net)
+        direct = importlib.import_module("fastrnn._C").DirectCall(
+            _ops.plain_calls, Tensor, kind_of(module), spec.has_c, held, net,
+            _ops.step._op, _ops.step_out._op,
+        )  # fmt: skip
+        # call(attributes of the module, input [B, I], [I] or [T, B, I], state, out): output and
+        # new state. None with gradients, dropout or anything but plain native calls, if the module
+        # or a weight is another one or lies elsewhere, or an argument is not simply right.
+        self.call: Callable[..., tuple[Tensor, Any] | None] = direct.call
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
-
-    def run(self, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any]:
-        """Output and new state of input [B, I], [I] or [T, B, I].
-
-        Raises:
-            RuntimeError: an argument is not simply right, or a weight has moved.
-        """
-        if not self.has_c:
-            h, c, h_n, c_n = state, None, out, None
-        else:
-            h, c = (None, None) if state is None else self._pair(state)
-            h_n, c_n = (None, None) if out is None else self._pair(out)
-        if out is not None:
-            return _ops.step_out(self.net, input, h, c, h_n, c_n), out
-        output, h_n, c_n = _ops.step(self.net, input, h, c)
-        return output, (h_n, c_n) if self.has_c else h_n
-
-    def _pair(self, state: Any) -> Any:
-        if not isinstance(state, (tuple, list)) or any(not isinstance(s, Tensor) for s in state):
-            raise TypeError(f"LSTM: a state is a pair of Tensors, got {type(state).__name__}")
-        return state
 
 
 def weights_of_layers(
@@ -134,24 +110,24 @@ def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
 def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor, Any] | None:
     """The steps of ``module`` over the input by its Stepper; None where the general path has to
     run, or to say what is wrong."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or _ops.native_error is not None:
         return None
-    if type(input) is not Tensor or not _ops.is_plain_native():
+    attributes = module.__dict__
+    stepper: Stepper | None = attributes.get("_stepper")
+    if stepper is not None:
+        result = stepper.call(attributes, input, state, out)
+        if result is not None:
+            return result
+    if torch.is_grad_enabled() or type(input) is not Tensor or not _ops.is_plain_native():
         return None
-    if module.training and module.__dict__.get("dropout"):
+    if module.training and attributes.get("dropout"):
         return None
-    stepper: Stepper | None = module.__dict__.get("_stepper")
-    if stepper is not None and stepper.is_current(module):
-        try:
-            return stepper.run(input, state, out)
-        except (RuntimeError, TypeError, ValueError):  # tried again below, and then by forward
-            pass
-    module.__dict__["_stepper"] = None
+    attributes["_stepper"] = None
     try:
-        stepper = module.__dict__["_stepper"] = module._new_stepper()
-        return None if stepper is None else stepper.run(input, state, out)
+        stepper = attributes["_stepper"] = module._new_stepper()
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
+    return None if stepper is None else stepper.call(attributes, input, state, out)
 
 
 def step(module: Any, spec: LayerSpec, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any]:

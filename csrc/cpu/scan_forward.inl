@@ -85,8 +85,8 @@ struct Forward {
   const Share& share;
   const ForwardScratch<S> s;
   const int64_t d;
-  const Part units;               // this thread's blocks of units, and the units
-  int now = 0;                    // h[now] enters the step, h[1 - now] leaves it
+  const Part units;                        // this thread's blocks of units, and the units
+  int now = 0;                             // h[now] enters the step, h[1 - now] leaves it
   int64_t chunk_begin = 0, chunk_end = 0;  // the steps whose input products are there
   int64_t chunk_row[kChunkRows];           // first row of each of them in x and gates
   const Matrix ih, hh, hr;
