@@ -148,7 +148,7 @@ class WeightGradients {
   // dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T, where dr is `drecurrent` for the last R gates
   Tensor weight_hh(int64_t d) {
     const Tensor dw = make({G * s.H, s.P}, p.compute());
-    if (s.batch_sizes && !before_) gather_states();
+    if (s.batch_sizes && !before_.data) gather_states();
     const int64_t shared = (G - R) * s.H, own = R * s.H;
     const Rows target = Rows::of_matrix(dw, s.P);
     add_recurrent(target, d, shared, Rows::of_group(between_.dgates, d, s.N, G * s.H));
@@ -188,8 +188,8 @@ class WeightGradients {
   // Of packed data: the h that entered each row.
   void gather_states() {
     const size_t bytes = static_cast<size_t>(s.P * item_size(p.dtype));
-    before_ = make({s.D, s.N, s.P}, p.dtype);
-    char* target = static_cast<char*>(before_->mutable_data_ptr());
+    char* target = before_scratch_.get(static_cast<size_t>(s.D * s.N) * bytes);
+    before_ = Array(target, p.dtype);
     const char* h = static_cast<const char*>(output_.const_data_ptr());
     const char* first = static_cast<const char*>(first_.const_data_ptr());
     for (int64_t d = 0; d < s.D; ++d)
@@ -206,7 +206,7 @@ class WeightGradients {
 
   // target [rows, P] = sum over time of dr_t h_{t-1}^T
   void add_recurrent(const Rows& target, int64_t d, int64_t rows, const Rows& dr) const {
-    if (before_) return outer_product(target, rows, s.P, dr, Rows::of_group(*before_, d, s.N, s.P), s.N, false);
+    if (before_.data) return outer_product(target, rows, s.P, dr, Rows::of_group(before_, d, s.N, s.P), s.N, false);
     const Rows h = Rows::of_output(output_, d, s.D, s.P);
     const int64_t rest = s.N - s.B;  // rows behind the first step, or before the last
     const bool reverse = s.reversed(d);
@@ -219,7 +219,8 @@ class WeightGradients {
   const int64_t G = p.cell.gates, R = p.cell.own;
   const Tensor input_, output_, first_;  // first_: h that enters the first step
   const BetweenPasses& between_;
-  OptionalTensor before_;
+  PassScratch<6> before_scratch_;
+  Array before_;
 };
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
