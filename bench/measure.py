@@ -145,7 +145,7 @@ def peak_memory(call: Call) -> int:
 
     The profiler records every allocation and release of PyTorch's CPU allocator; the peak is the
     largest running sum.  Weights and inputs exist before the call and do not count, nor does
-    scratch memory that a library (MKL, oneDNN) takes past PyTorch's allocator.
+    scratch memory that a library (MKL, oneDNN, fastrnn) takes past PyTorch's allocator.
     """
     call()  # what is allocated once and kept does not count either
     gc.collect()

@@ -1,5 +1,5 @@
 // A unidirectional net on the CPU with as little around its kernels as there can be: what `module.step` calls once per
-// step of a stream, and quantized layers for a short sequence.
+// step of a stream, and `forward` without gradients.
 //
 // Computes   per layer  h', c' = cell(W_ih x + b_ih, W_hh h + b_hh), x of the next layer = h'
 // Memory     weights read where they lie (no copy, so none can be out of date); scratch kept by each thread

@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -139,6 +139,16 @@ def is_plain_native() -> bool:
     """Whether nothing but the native kernels is asked for: no other backend, no transform, no
     autocast, no tracing."""
     return native_error is None and plain_calls.hold()
+
+
+def is_plain_native_on(*tensors: object) -> bool:
+    """The same of a call on these tensors, the data first; not for what is no tensor."""
+    return (
+        all(isinstance(t, Tensor) and t.is_cpu for t in tensors)
+        and cast(Tensor, tensors[0]).dtype in _DTYPES
+        and not torch.compiler.is_compiling()
+        and is_plain_native()
+    )
 
 
 def _plain_calls() -> Any:

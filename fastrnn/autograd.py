@@ -1,4 +1,4 @@
-"""The derivative of ``layer``, of any order.
+"""The derivatives of ``layer`` and of ``step``, one step of it, of any order.
 
 Forward and backward run the operators. A backward pass that is itself differentiated
 (``create_graph=True``) differentiates ``reference.layer``, which is plain PyTorch, and so do

@@ -205,21 +205,21 @@ def _cell(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A layer over one step: h' and c'."""
     lstm_like = name == "LSTMCell"
-    given = (weight_ih, weight_hh, bias_ih, bias_hh)
-    weights: Sequence[Tensor] = [w for w in given if w is not None]
+    biases = [bias_ih, bias_hh]
+    weights: Sequence[Any] = [weight_ih, weight_hh, *(b for b in biases if b is not None)]
     own = hx if lstm_like else (hx,)
+    failure = None
     if (
         isinstance(own, tuple)
         and len(own) == 1 + lstm_like
-        and all(isinstance(t, Tensor) and t.is_cpu for t in (input, *own, *weights))
+        and len(weights) != 3
+        and _ops.is_plain_native_on(input, *own, *weights)
         and input.dim() == 2
-        and not torch.compiler.is_compiling()
-        and _ops.is_plain_native()
     ):
         try:
             return native_step(cell, input, weights, *(*own, None)[:2])
-        except RuntimeError:  # the checks below name the argument
-            pass
+        except RuntimeError as error:
+            failure = error  # raised below, unless the checks name an argument
     if lstm_like and isinstance(hx, Tensor):
         raise TypeError("LSTMCell: hx must be a tuple (h, c) of Tensors, not a Tensor")
     checks.cell_dims(name, input, hx)
@@ -231,8 +231,9 @@ def _cell(
         input = input.unsqueeze(0)
         states = [s if s is None else s.unsqueeze(0) for s in states]
     gates = reference.CELLS[cell].gates
-    biases = [bias_ih, bias_hh]
     checks.cell_arguments(name, input, states, weight_ih, weight_hh, biases, gates)
+    if failure is not None:
+        raise failure
     state_dtype = None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
         state_dtype = input.dtype if states[0] is None else states[0].dtype

@@ -25,8 +25,12 @@ def run(
 ) -> Any:  # fmt: skip
     """Checks the arguments of a call, brings the data into [T, B, I] or packed rows [N, I], runs
     the layers and brings the results back into the shape of the input."""
-    if (result := _plain_layer(spec, input, weights, hx, batch_first)) is not None:
-        return result
+    failure = None
+    if _is_plain(spec, input, weights, hx):
+        try:
+            return _plain_layer(spec, input, weights, hx, batch_first)
+        except RuntimeError as error:
+            failure = error  # raised below, unless the checks name an argument
     checks.layer_weights(spec, weights)
     if isinstance(input, PackedSequence):
         return _packed(spec, input, weights, hx, dropout, training)
@@ -43,6 +47,8 @@ def run(
         checks.layer_state(spec, hx, data.shape[1], data)
     if data.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if failure is not None:
+        raise failure
     output, h_n, c_n = _stack(spec, data, None, weights, hx, dropout, training)
     if batched and batch_first:
         output = output.transpose(0, 1)
@@ -51,34 +57,31 @@ def run(
     return output, (h_n, c_n) if spec.has_c else h_n
 
 
-def _plain_layer(
-    spec: LayerSpec, input: Any, weights: Sequence[Tensor], hx: Any, batch_first: bool
-) -> Any:
-    """The call at its simplest, one layer over a dense batch on the native kernels, held only
-    against what the operator does not check for itself; None where the general path has to run, or
-    to say what is wrong."""
+def _is_plain(spec: LayerSpec, input: Any, weights: Sequence[Tensor], hx: Any) -> bool:
+    """Whether a call is of the simplest kind, one layer over a dense batch on the native kernels,
+    whose operator checks the rest."""
     states = () if hx is None else hx if spec.has_c else (hx,)
-    if (
-        spec.num_layers > 1
-        or torch.compiler.is_compiling()
-        or not _ops.is_plain_native()
-        or type(input) is not Tensor
-        or input.dim() != 3
-        or not isinstance(states, tuple)
-        or len(states) not in (0, 1 + spec.has_c)
-        or not all(isinstance(t, Tensor) and t.is_cpu for t in (input, *states, *weights))
-        or [tuple(w.shape) for w in weights] != spec.weight_shapes
-    ):
-        return None
+    return (
+        spec.num_layers == 1
+        and type(input) is Tensor
+        and input.dim() == 3
+        and isinstance(states, tuple)
+        and len(states) == (0 if hx is None else 1 + spec.has_c)
+        and _ops.is_plain_native_on(input, *states, *weights)
+        and [tuple(w.shape) for w in weights] == spec.weight_shapes
+    )
+
+
+def _plain_layer(
+    spec: LayerSpec, input: Tensor, weights: Sequence[Tensor], hx: Any, batch_first: bool
+) -> Any:
+    """A call that is plain, without the work of the general path."""
     data = input.transpose(0, 1) if batch_first else input
+    h0, c0 = (hx or (None, None)) if spec.has_c else (hx, None)
     direction = 2 if spec.directions == 2 else 0
-    h0, c0 = (*states, None, None)[:2]
-    try:
-        output, h_n, c_n = native_layer(
-            spec.cell, data, weights, h0, c0, None, spec.directions, direction
-        )
-    except RuntimeError:  # the general path names the argument
-        return None
+    output, h_n, c_n = native_layer(
+        spec.cell, data, weights, h0, c0, None, spec.directions, direction
+    )
     return output.transpose(0, 1) if batch_first else output, (h_n, c_n) if spec.has_c else h_n
 
 

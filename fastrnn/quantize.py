@@ -34,7 +34,7 @@ class QuantizedLayer(modules.Layer):
     _originals: dict[str, nn.Parameter]
 
     def _direct(self, input: Any, hx: Any) -> Any:
-        if not isinstance(input, Tensor) or input.dim() != 3:
+        if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 3:
             return None
         few = input.shape[0 if self.batch_first else 1] <= self._max_direct_batch
         return super()._direct(input, hx) if few else None

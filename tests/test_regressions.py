@@ -247,3 +247,78 @@ def test_sums_over_many_features_stay_exact() -> None:
         got, same = ours(input)[0], theirs(input)[0]
         exact = copy.deepcopy(theirs).double()(input.double())[0]
     check({"output": got}, {"output": same}, {"output": exact})
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", [*KINDS, "projected"])
+def test_long_sums_of_narrow_layers(kind: str, size: int) -> None:
+    """Gradients of weights with one or two rows are sums over all the data, all of one sign."""
+    options = {"proj_size": size} if kind == "projected" else {}
+    hidden = size + 3 if kind == "projected" else size
+    ours, theirs = twins("LSTM" if options else kind, 4, hidden, **options)
+    with torch.no_grad():
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            q.copy_(p.copy_(p.abs()))
+    input = torch.rand(2, 50_000, 4)
+    cotangent = torch.rand(2, 50_000, size)
+    check(
+        gradients(ours, input, cotangent, torch.float32),
+        gradients(copy.deepcopy(theirs), input, cotangent, torch.float32),
+        gradients(theirs, input, cotangent, torch.float64),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_few_steps_and_rows(
+    engine: str, kind: str, batch: int, steps: int, dtype: torch.dtype
+) -> None:
+    """Backward passes read weight_hh where it lies, or packed; wide sums are cut in parts."""
+    ours, theirs = twins(kind, 3, 75, bidirectional=True)
+    input, first = torch.randn(steps, batch, 3), torch.randn(2, batch, 75)
+    cotangent = torch.randn(steps, batch, 150)
+
+    def run(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        module.to(dtype)
+        leaves = [t.to(dtype).requires_grad_() for t in (input, first)]
+        hx = (leaves[1], leaves[1]) if kind == "LSTM" else leaves[1]
+        found = torch.autograd.grad(
+            module(leaves[0], hx)[0], [*leaves, *module.parameters()], cotangent.to(dtype)
+        )
+        return {str(i): g for i, g in enumerate(found)}
+
+    check(run(ours, dtype), run(copy.deepcopy(theirs), dtype), run(theirs, torch.float64))
+
+
+def test_wrong_calls_that_count_like_right_ones() -> None:
+    x, h, square = torch.randn(2, 3), torch.randn(2, 4), torch.randn(4, 4)
+    lstm, rnn = fastrnn.LSTMCell(3, 4), fastrnn.RNNCell(3, 4)
+    with pytest.raises(RuntimeError, match="biases must have shape"):
+        fastrnn.functional.lstm_cell(x, (h, h), lstm.weight_ih, lstm.weight_hh, square, None)
+    with pytest.raises(TypeError, match="weights must be Tensors"):
+        fastrnn.functional.rnn_cell(x, h, rnn.weight_ih, None, rnn.weight_hh)  # type: ignore[arg-type]
+    with pytest.raises(IndexError):
+        fastrnn.LSTM(3, 4)(torch.randn(5, 2, 3), ())
+
+
+def test_errors_of_hooks_are_not_taken_for_wrong_arguments() -> None:
+    calls = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        calls.append(tensor)
+        raise RuntimeError("the disk is full")
+
+    for module, input in (
+        (fastrnn.GRU(3, 4), torch.randn(5, 2, 3)),
+        (fastrnn.GRUCell(3, 4), torch.randn(2, 3)),
+    ):
+        calls.clear()
+        arguments = (input,) if isinstance(module, fastrnn.GRU) else (input, torch.randn(2, 4))
+        with (
+            pytest.raises(RuntimeError, match="the disk is full"),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        ):
+            module(*arguments)
+        assert len(calls) == 1

@@ -15,7 +15,7 @@ struct CpuPlan {
   bool packed_input;  // the same of the input weights (forward)
   int64_t members;    // threads that share the hidden units of one group; 1: rows are divided instead
   int64_t ranges;     // ranges of rows of one group
-  int64_t chunk;      // steps whose input products are computed together (forward)
+  int64_t chunk;      // steps whose input products are computed together (forward): of all rows, or more of fewer rows
 };
 
 // What one thread runs: a range of rows of a group through all time steps; with a team all rows, and its share of
@@ -39,7 +39,7 @@ struct PassKernels {
   void (*run)(const Args&, const CpuPlan&, char* scratch, const Share&);
 };
 
-constexpr int64_t kChunkRows = 48;  // rows of a chunk of steps whose input products are computed together
+constexpr int64_t kChunkRows = 48;  // rows, and most steps, of a chunk whose input products are computed together
 constexpr int64_t kSumRows = 64;    // rows of a partial sum
 
 // target [rows, columns] (+)= a [rows, K] * b [K, columns]; a and target in the compute dtype. Strides in elements.

@@ -7,7 +7,7 @@
 // Memory     packed b; a panel per thread; target read and written once
 // Requires   the caller cuts K so that a panel stays in the second cache
 // Order      of a sum: k ascending, and its total added to target at the end, whatever rows a thread has; of few rows:
-//            kFewTerms terms at a time, their sums added up in turn
+//            kFewTerms terms at a time, kChunk of them added up on their own
 
 inline PackedShape shape_of(const ProductArgs& p, int lanes) { return {p.columns, 1, p.K, lanes}; }
 
@@ -22,6 +22,7 @@ inline size_t matrix_bytes(const ProductArgs& p) {
                      : static_cast<size_t>(shape_of(p, Vec<float>::kLanes).size()) * sizeof(float);
 }
 inline size_t matrix_panel_bytes(const ProductArgs& p) {
+  if (is_small(p)) return static_cast<size_t>(p.columns) * (p.is_double ? sizeof(double) : sizeof(float));
   return p.is_double ? static_cast<size_t>(kMaxRunRows * panel_stride<double>(p.K)) * sizeof(double)
                      : static_cast<size_t>(kMaxRunRows * panel_stride<float>(p.K)) * sizeof(float);
 }
@@ -70,31 +71,45 @@ void add_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, S* target, in
   if (j < columns) column(j, static_cast<int>(columns - j));
 }
 
-// target [columns] = sum of K rows of b, each times its a; or added to target.
+// target [columns] = sum of at most kFewTerms rows of b, each times its a; or added to target.
 template <class T, class S>
-void sum_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, int64_t K, S* target, int64_t columns, bool add) {
+void add_few_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, int64_t terms, S* target, int64_t columns,
+                   bool add) {
+  switch (terms) {
+    case 1:
+      return add_terms<1>(a, a_k, b, b_row, target, columns, add);
+    case 2:
+      return add_terms<2>(a, a_k, b, b_row, target, columns, add);
+    case 3:
+      return add_terms<3>(a, a_k, b, b_row, target, columns, add);
+    default:
+      return add_terms<kFewTerms>(a, a_k, b, b_row, target, columns, add);
+  }
+}
+
+// target [columns] = sum of K rows of b, each times its a; or added to target. part: memory for `columns` elements.
+template <class T, class S>
+void sum_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, int64_t K, S* target, int64_t columns, bool add,
+               S* part) {
   for (int64_t j = 0; K == 0 && !add && j < columns; ++j) target[j] = 0;
-  for (int64_t k = 0; k < K; k += kFewTerms, a += kFewTerms * a_k, b += kFewTerms * b_row, add = true) switch (K - k) {
-      case 1:
-        add_terms<1>(a, a_k, b, b_row, target, columns, add);
-        break;
-      case 2:
-        add_terms<2>(a, a_k, b, b_row, target, columns, add);
-        break;
-      case 3:
-        add_terms<3>(a, a_k, b, b_row, target, columns, add);
-        break;
-      default:
-        add_terms<kFewTerms>(a, a_k, b, b_row, target, columns, add);
+  for (int64_t first = 0; first < K; first += kChunk, add = true) {
+    const int64_t last = K - first < kChunk ? K : first + kChunk;
+    S* sum = add ? part : target;
+    for (int64_t k = first; k < last; k += kFewTerms)
+      add_few_terms(a + k * a_k, a_k, b + k * b_row, b_row, last - k, sum, columns, k > first);
+    if (add) {
+      const S one = 1;
+      add_terms<1>(&one, 0, part, 0, target, columns, true);
     }
+  }
 }
 
 template <class T>
-void multiply_small(const ProductArgs& p, int64_t first, int64_t last) {
+void multiply_small(const ProductArgs& p, void* part, int64_t first, int64_t last) {
   using S = Compute<T>;
   for (int64_t r = first; r < last; ++r)
     sum_terms(static_cast<const S*>(p.a) + r * p.a_row, p.a_k, static_cast<const T*>(p.b), p.b_row, p.K,
-              static_cast<S*>(p.target) + r * p.target_row, p.columns, p.add);
+              static_cast<S*>(p.target) + r * p.target_row, p.columns, p.add, static_cast<S*>(part));
 }
 
 // panel = rows [first, first + rows) of a
@@ -152,7 +167,7 @@ void multiply_panels(const ProductArgs& p, const S* packed, S* panel, int64_t fi
 // Rows [first, last) of target.
 inline void multiply_matrix(const ProductArgs& p, const void* packed, void* panel, int64_t first, int64_t last) {
   if (is_small(p))
-    with_b_type(p, [&](auto type) { multiply_small<decltype(type)>(p, first, last); });
+    with_b_type(p, [&](auto type) { multiply_small<decltype(type)>(p, panel, first, last); });
   else if (p.is_double)
     multiply_panels(p, static_cast<const double*>(packed), static_cast<double*>(panel), first, last);
   else

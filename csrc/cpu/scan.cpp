@@ -80,7 +80,8 @@ void choose_layout(const ScanArgs& a, int64_t rows, CpuPlan& plan) {
   plan.chunk = std::clamp<int64_t>(chunk_rows / rows, 1, a.T);
 }
 void choose_layout(const ScanBackwardArgs& a, int64_t, CpuPlan& plan) {
-  plan.packed = a.T > kMaxDirectSteps || a.B > kMaxDirectBackwardRows || a.projected;
+  const bool multiplies = a.T > 1 || a.dh0;  // by weight_hh; the gradient of a single step may stop before it
+  plan.packed = a.projected || (multiplies && (a.T > kMaxDirectSteps || a.B > kMaxDirectBackwardRows));
   plan.packed_input = false, plan.chunk = 1;
 }
 

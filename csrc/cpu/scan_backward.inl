@@ -28,6 +28,7 @@ struct Backward {
   using S = Compute<T>;
   using V = Vec<S>;
   static constexpr int G = Cell::kGates, A = Cell::kSaved, R = Cell::kOwn, kLanes = V::kLanes;
+  static constexpr int64_t kRowsAhead = 2;  // of the row whose cell is computed, fetched into the cache
 
   static size_t scratch_bytes(const ScanBackwardArgs& a, const CpuPlan&) {
     return BackwardScratch<S>(a, G, nullptr).bytes;
@@ -125,11 +126,12 @@ struct Backward {
 
   // The same on weight_hh where it lies.
   void product_unpacked(int64_t b, int64_t rows, int64_t begin, int64_t end) {
-    const int64_t first = s.hh.first_vector(begin) * kLanes, columns = s.hh.vectors_in(begin, end) * kLanes;
+    const int64_t first = s.hh.first_vector(begin) * kLanes, row_sums = s.hh.columns(begin, end) * kLanes;
+    const int64_t columns = std::min(s.hh.vectors_in(begin, end) * kLanes, a.P - first);
     const T* weight = static_cast<const T*>(a.weight_hh[d]) + first;
+    alignas(64) S part[kMaxRunPairs * kPair * kLanes];
     for (int64_t i = 0; i < rows; ++i)
-      sum_terms(dr_row(now, b + i), 1, weight, a.P, s.hh.K, sums.data + i * s.hh.columns(begin, end) * kLanes,
-                std::min(columns, a.P - first), false);
+      sum_terms(dr_row(now, b + i), 1, weight, a.P, s.hh.K, sums.data + i * row_sums, columns, false, part);
   }
 
   void enter(int64_t b) {
@@ -175,45 +177,75 @@ struct Backward {
     });
   }
 
+  // What the cell reads and writes of a row, units [first, last): short pieces that no prefetcher foresees.
+  FASTRNN_INLINE void prefetch_row(int64_t t, int64_t b, int64_t first, int64_t last) {
+    const int64_t data_row = a.row(t, b), row = d * a.N + data_row;
+    for (int64_t j = first; j < last; j += 64 / static_cast<int64_t>(sizeof(S))) {
+      for (int k = 0; k < A; ++k) __builtin_prefetch(at<T>(a.saved, (row * A + k) * a.H + j));
+      for (int k = 0; k < G; ++k) __builtin_prefetch(at<S>(a.dgates, (row * G + k) * a.H + j), 1);
+      for (int k = 0; k < R; ++k) __builtin_prefetch(at<S>(a.drecurrent, (row * R + k) * a.H + j), 1);
+      if (Cell::kHasC) __builtin_prefetch(at<S>(a.cells, row * a.H + j));
+      if (a.doutput) __builtin_prefetch(at<T>(a.doutput, (data_row * a.D + d) * a.P + j));
+      if (!Cell::kHasC) __builtin_prefetch(at<T>(a.output, (data_row * a.D + d) * a.P + j));
+    }
+  }
+
+  // The cell on a run of products, or (not multiplied) on rows whose last step this is.
   void cell_run(int64_t t, int64_t b0, int64_t rows, const PackedShape& shape, int64_t begin, int64_t end,
                 bool multiplied) {
+    const int64_t first = shape.first_vector(begin), vectors = shape.vectors_in(begin, end);
+    const int64_t row_sums = shape.columns(begin, end) * kLanes;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (i + kRowsAhead < rows) prefetch_row(t, b0 + i + kRowsAhead, first * kLanes, (first + vectors) * kLanes);
+      const S* products = sums.data + i * row_sums;
+      int64_t u = 0;
+      for (; u + 1 < vectors && (first + u + 2) * kLanes <= a.H; u += 2)
+        cell_units<Twin<V>>(t, b0 + i, (first + u) * kLanes, multiplied, products + u * kLanes);
+      for (; u < vectors; ++u) cell_units<V>(t, b0 + i, (first + u) * kLanes, multiplied, products + u * kLanes);
+    }
+  }
+
+  // The cell on one vector of units, or on two, from unit j on.
+  template <class W>
+  FASTRNN_INLINE void cell_units(int64_t t, int64_t b, int64_t j, bool multiplied, const S* product) {
+    using U = Units<W>;
+    const int n = a.H - j < kLanes ? static_cast<int>(a.H - j) : kLanes;
+    const auto get = [&](const auto* units) { return U::load(units, kLanes, n); };
+    const auto put = [&](auto* units, W value) { U::store(units, value, kLanes, n); };
     const int64_t t_before = a.reversed(d) ? t + 1 : t - 1;
-    const int64_t active_before = t_before >= 0 && t_before < a.T ? a.active(t_before) : 0;
-    for_vectors(shape, begin, end, rows, [&](int64_t i, int64_t j, int n, V product) {
-      const int64_t b = b0 + i, data_row = a.row(t, b), row = d * a.N + data_row;
-      const bool first = b >= active_before;
-      const int64_t row_before = first ? 0 : a.row(t_before, b);
-      V saved[A + 1], dx[G], dr[R + 1];
-      for (int k = 0; k < A; ++k) saved[k] = load(at<T>(a.saved, (row * A + k) * a.H + j), n);
-      V h_before(S(0)), h_after(S(0)), c_before(S(0)), c_after(S(0));
-      if (Cell::kHasC) {
-        c_after = load(at<S>(a.cells, row * a.H + j), n);
-        if (!first)
-          c_before = load(at<S>(a.cells, (d * a.N + row_before) * a.H + j), n);
-        else if (a.c0)
-          c_before = load(at<T>(a.c0, (d * a.B + b) * a.H + j), n);
-      } else {
-        h_after = load(at<T>(a.output, (data_row * a.D + d) * a.H + j), n);
-        if (!first)
-          h_before = load(at<T>(a.output, (row_before * a.D + d) * a.H + j), n);
-        else if (a.h0)
-          h_before = load(at<T>(a.h0, (d * a.B + b) * a.H + j), n);
-      }
-      V dh = multiplied ? product : V(S(0)), dc = load(dc_row(b) + j, n);
-      if (!a.projected) {
-        dh = dh + load(dh_row(b) + j, n);
-        if (a.doutput) dh = dh + load(at<T>(a.doutput, (data_row * a.D + d) * a.H + j), n);
-      }
-      if constexpr (Cell::kHasC)
-        if (a.projected) store(at<S>(a.unprojected, row * a.H + j), Cell::hidden(saved, c_after), n);
-      Cell::backward(saved, h_before, c_before, h_after, c_after, dh, dc, dx, dr);
-      for (int k = 0; k < G; ++k) {
-        store(at<S>(a.dgates, (row * G + k) * a.H + j), dx[k], n);
-        store(dr_row(1 - now, b) + k * a.H + j, k < G - R ? dx[k] : dr[k - (G - R)], n);
-      }
-      for (int k = 0; k < R; ++k) store(at<S>(a.drecurrent, (row * R + k) * a.H + j), dr[k], n);
-      store(dh_row(b) + j, dh, n);
-      if (Cell::kHasC) store(dc_row(b) + j, dc, n);
-    });
+    const bool first = t_before < 0 || t_before >= a.T || b >= a.active(t_before);
+    const int64_t data_row = a.row(t, b), row = d * a.N + data_row, row_before = first ? 0 : a.row(t_before, b);
+    const int64_t state = (d * a.B + b) * a.H + j;
+    W saved[A + 1], dx[G], dr[R + 1];
+    for (int k = 0; k < A; ++k) saved[k] = get(at<T>(a.saved, (row * A + k) * a.H + j));
+    W h_before(S(0)), h_after(S(0)), c_before(S(0)), c_after(S(0));
+    if (Cell::kHasC) {
+      c_after = get(at<S>(a.cells, row * a.H + j));
+      if (!first)
+        c_before = get(at<S>(a.cells, (d * a.N + row_before) * a.H + j));
+      else if (a.c0)
+        c_before = get(at<T>(a.c0, state));
+    } else {
+      h_after = get(at<T>(a.output, (data_row * a.D + d) * a.H + j));
+      if (!first)
+        h_before = get(at<T>(a.output, (row_before * a.D + d) * a.H + j));
+      else if (a.h0)
+        h_before = get(at<T>(a.h0, state));
+    }
+    W dh = multiplied ? U::load(product, kLanes, kLanes) : W(S(0)), dc = get(dc_row(b) + j);
+    if (!a.projected) {
+      dh = dh + get(dh_row(b) + j);
+      if (a.doutput) dh = dh + get(at<T>(a.doutput, (data_row * a.D + d) * a.H + j));
+    }
+    if constexpr (Cell::kHasC)
+      if (a.projected) put(at<S>(a.unprojected, row * a.H + j), Cell::hidden(saved, c_after));
+    Cell::backward(saved, h_before, c_before, h_after, c_after, dh, dc, dx, dr);
+    for (int k = 0; k < G; ++k) {
+      put(at<S>(a.dgates, (row * G + k) * a.H + j), dx[k]);
+      put(dr_row(1 - now, b) + k * a.H + j, k < G - R ? dx[k] : dr[k - (G - R)]);
+    }
+    for (int k = 0; k < R; ++k) put(at<S>(a.drecurrent, (row * R + k) * a.H + j), dr[k]);
+    put(dh_row(b) + j, dh);
+    if (Cell::kHasC) put(dc_row(b) + j, dc);
   }
 };

@@ -24,6 +24,7 @@ struct Twin {
   friend FASTRNN_INLINE Twin operator*(Twin x, Twin y) { return {x.a * y.a, x.b * y.b}; }
   friend FASTRNN_INLINE Twin operator/(Twin x, Twin y) { return {x.a / y.a, x.b / y.b}; }
   friend FASTRNN_INLINE Mask operator<(Twin x, Twin y) { return {x.a < y.a, x.b < y.b}; }
+  friend FASTRNN_INLINE Mask operator<=(Twin x, Twin y) { return {x.a <= y.a, x.b <= y.b}; }
   friend FASTRNN_INLINE Twin select(Mask m, Twin x, Twin y) { return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)}; }
   friend FASTRNN_INLINE Twin fma(Twin x, Twin y, Twin z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
   friend FASTRNN_INLINE Twin at_most(Twin x, Twin y) { return {at_most(x.a, y.a), at_most(x.b, y.b)}; }
