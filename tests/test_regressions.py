@@ -249,23 +249,24 @@ def test_sums_over_many_features_stay_exact() -> None:
     check({"output": got}, {"output": same}, {"output": exact})
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("kind", [*KINDS, "projected"])
-def test_long_sums_of_narrow_layers(kind: str, size: int) -> None:
-    """Gradients of weights with one or two rows are sums over all the data, all of one sign."""
-    options = {"proj_size": size} if kind == "projected" else {}
-    hidden = size + 3 if kind == "projected" else size
-    ours, theirs = twins("LSTM" if options else kind, 4, hidden, **options)
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "projected"])
+def test_long_sums_of_narrow_layers(engine: str, kind: str) -> None:
+    """Sums over a million rows, of one sign, are made of parts: torch.nn's own reach 8e-4."""
+    if engine == "reference":
+        pytest.skip("PyTorch's sums")
+    options = {"proj_size": 2} if kind == "projected" else {}
+    ours, theirs = twins("LSTM" if options else kind, 4, 3 if options else 2, **options)
     with torch.no_grad():
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            q.copy_(p.copy_(p.abs()))
-    input = torch.rand(2, 50_000, 4)
-    cotangent = torch.rand(2, 50_000, size)
-    check(
-        gradients(ours, input, cotangent, torch.float32),
-        gradients(copy.deepcopy(theirs), input, cotangent, torch.float32),
-        gradients(theirs, input, cotangent, torch.float64),
-    )
+            q.copy_(p.abs_())
+    input, cotangent = torch.rand(2, 500_000, 4), torch.rand(2, 500_000, 2)
+    found = gradients(ours, input, cotangent, torch.float32)
+    exact = gradients(theirs, input, cotangent, torch.float64)
+    errors = {
+        name: ((found[name] - g).abs().max() / (1 + g.abs().max())).item()
+        for name, g in exact.items()
+    }
+    assert max(errors.values()) < 3e-6, errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
