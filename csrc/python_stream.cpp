@@ -65,15 +65,16 @@ class PlainCalls {
 // The steps of one module over weights that lie where they lay.
 class DirectCall {
  public:
-  DirectCall(const PlainCalls& plain, py::object tensor_type, py::object kind, bool has_c, py::list held,
+  DirectCall(const PlainCalls& plain, py::object tensor_type, py::dict description, bool has_c, py::list held,
              py::object net, py::object step, py::object step_out)
       : plain_(plain),
         tensor_type_(std::move(tensor_type)),
-        kind_(std::move(kind)),
         has_c_(has_c),
         net_(std::move(net)),
         step_(std::move(step)),
         step_out_(std::move(step_out)) {
+    for (const auto& [name, value] : description)
+      description_.emplace_back(py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(value));
     for (const py::handle entry : held) {
       const py::tuple weight = py::reinterpret_borrow<py::tuple>(entry);
       held_.push_back({weight[0].cast<bool>(), weight[1], weight[2]});
@@ -108,11 +109,10 @@ class DirectCall {
     py::object name, tensor;
   };
 
-  // Whether the module is of the kind it was, and every weight the tensor it was.
+  // Whether the module's attributes are what they were, and every weight the tensor it was.
   bool is_current(const py::dict& attributes) const {
-    py::handle kind = PlainCalls::item(attributes, mode_name_);
-    if (!kind) kind = PlainCalls::item(attributes, nonlinearity_name_);
-    if (!PlainCalls::is_equal(kind ? kind : py::handle(none_), kind_)) return false;
+    for (const auto& [name, value] : description_)
+      if (!PlainCalls::is_equal(PlainCalls::item(attributes, name), value)) return false;
     const py::handle parameters = PlainCalls::item(attributes, parameters_name_);
     const py::handle buffers = PlainCalls::item(attributes, buffers_name_);
     if (!parameters || !buffers || !PyDict_Check(parameters.ptr()) || !PyDict_Check(buffers.ptr())) return false;
@@ -158,13 +158,14 @@ class DirectCall {
   }
 
   const PlainCalls& plain_;  // kept alive by the binding
-  const py::object tensor_type_, kind_;
+  const py::object tensor_type_;
   const bool has_c_;
+  std::vector<std::pair<py::object, py::object>> description_;
   std::vector<Held> held_;
   const py::object net_, step_, step_out_;
   const py::none none_;
-  const py::str mode_name_{"mode"}, nonlinearity_name_{"nonlinearity"}, parameters_name_{"_parameters"},
-      buffers_name_{"_buffers"}, dropout_name_{"dropout"}, training_name_{"training"};
+  const py::str parameters_name_{"_parameters"}, buffers_name_{"_buffers"}, dropout_name_{"dropout"},
+      training_name_{"training"};
 };
 
 }  // namespace
@@ -174,7 +175,7 @@ void bind_stream(py::module_& m) {
       .def(py::init<py::list, py::object, py::dict, py::module_>())
       .def("hold", &PlainCalls::holds);
   py::class_<DirectCall>(m, "DirectCall")
-      .def(py::init<const PlainCalls&, py::object, py::object, bool, py::list, py::object, py::object, py::object>(),
+      .def(py::init<const PlainCalls&, py::object, py::dict, bool, py::list, py::object, py::object, py::object>(),
            py::keep_alive<1, 2>())
       .def("call", &DirectCall::call);
 }

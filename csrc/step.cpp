@@ -149,6 +149,14 @@ struct StepCall {
     check(*t, name, state(width), net->dtype());
     return t->const_data_ptr();
   }
+  // The new state may lie where the old one lies, or apart from it: nothing in between.
+  void check_out(const Tensor& out, const OptionalTensor& other, bool may_be_same) const {
+    if (!other || out.numel() == 0 || other->numel() == 0) return;
+    const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
+    const auto end = [&](const Tensor& t) { return begin(t) + t.numel() * item_size(t.scalar_type()); };
+    const bool apart = end(out) <= begin(*other) || end(*other) <= begin(out);
+    STD_TORCH_CHECK(apart || (may_be_same && begin(out) == begin(*other)), "fastrnn: out overlaps the state");
+  }
   void check_states(const OptionalTensor& h, const OptionalTensor& c) const {
     STD_TORCH_CHECK(c.has_value() == (h.has_value() && net->has_c()), "fastrnn: c belongs to the h of an LSTM");
   }
@@ -175,6 +183,9 @@ Tensor step_out(int64_t handle, Tensor input, OptionalTensor h_, OptionalTensor 
   const StepNet& net = *call.net;
   const void *h0 = call.array(h, "h", net.P()), *c0 = call.array(c, "c", net.H());
   call.array(h_n, "h_n", net.P()), call.array(c_n, "c_n", net.H());
+  call.check_out(h_n, h, true), call.check_out(h_n, c, true), call.check_out(h_n, call.input, true);
+  call.check_out(h_n, c_n, false);
+  if (c_n) call.check_out(*c_n, h, true), call.check_out(*c_n, c, true), call.check_out(*c_n, call.input, true);
   Tensor output = make(call.output(), net.dtype());
   net.run(call.T, call.B, call.input.const_data_ptr(), h0, c0, output.mutable_data_ptr(), h_n.mutable_data_ptr(),
           c_n ? c_n->mutable_data_ptr() : nullptr);

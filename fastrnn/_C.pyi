@@ -23,7 +23,7 @@ class PlainCalls:
 
 class DirectCall:
     def __init__(
-        self, plain: PlainCalls, tensor_type: type, kind: str | None, has_c: bool,
+        self, plain: PlainCalls, tensor_type: type, description: dict[str, Any], has_c: bool,
         held: list[tuple[bool, str, Tensor]], net: int, step: Any, step_out: Any,
     ) -> None: ...  # fmt: skip
     def call(

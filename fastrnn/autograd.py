@@ -125,7 +125,7 @@ def native_step(
         return results
     data, h0, c0 = _with_time(input, h, c)
     _, h_n, c_n, _, _ = _ops.layer(cell, data, weights, h0, c0, None, 1, 0, False)
-    return h_n.squeeze(0), c_n.squeeze(0)
+    return h_n.squeeze_(0), c_n.squeeze_(0)  # in place: no views
 
 
 class Step(Function):

@@ -45,7 +45,8 @@ class _Cell(RNNCellBase):
         if result is None:
             return None
         new = result[1]
-        return tuple(s.squeeze(0) for s in new) if isinstance(new, tuple) else new.squeeze(0)
+        # In place: results that are views could not be detached or changed in place.
+        return tuple(s.squeeze_(0) for s in new) if isinstance(new, tuple) else new.squeeze_(0)
 
     def _new_stepper(self) -> stream.Stepper | None:
         names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]

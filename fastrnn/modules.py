@@ -36,7 +36,7 @@ class Layer(nn.RNNBase):
             return stream.run(self, input, hx)
         if (result := stream.run(self, input.transpose(0, 1), hx)) is None:
             return None
-        return result[0].transpose(0, 1), result[1]
+        return result[0].transpose_(0, 1), result[1]  # in place: no view, as torch.nn's
 
     def step(self, input: Tensor, state: Any = None, out: Any = None) -> tuple[Tensor, Any]:
         """One time step of a stream: the next output and state.

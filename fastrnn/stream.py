@@ -52,7 +52,7 @@ class Stepper:
         )
         weakref.finalize(self, torch.ops.fastrnn.step_free, net)
         direct = importlib.import_module("fastrnn._C").DirectCall(
-            _ops.plain_calls, Tensor, kind_of(module), spec.has_c, held, net,
+            _ops.plain_calls, Tensor, description_of(module), spec.has_c, held, net,
             _ops.step._op, _ops.step_out._op,
         )  # fmt: skip
         # call(attributes of the module, input [B, I], [I] or [T, B, I], state, out): output and
@@ -84,10 +84,10 @@ def weights_of_layers(
     )
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """What the cell of a layer (its mode) or of a cell (its nonlinearity) depends on."""
-    attributes = module.__dict__
-    return attributes.get("mode") or attributes.get("nonlinearity")
+def description_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes that say what a layer or a cell computes."""
+    names = ("mode", "nonlinearity", "input_size", "hidden_size", "num_layers", "bias", "proj_size")
+    return {name: module.__dict__[name] for name in names if name in module.__dict__}
 
 
 def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
@@ -98,6 +98,7 @@ def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
         and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
         and first.is_cpu
         and first.dtype in _DTYPES
+        and not any(t.is_neg() for t in tensors)
         and all(t.is_contiguous() and t.dtype == first.dtype and t.is_cpu for t in tensors)
         and all(
             t.untyped_storage().nbytes() >= (t.storage_offset() + t.numel()) * t.element_size()
@@ -111,6 +112,8 @@ def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor
     """The steps of ``module`` over the input by its Stepper; None where the general path has to
     run, or to say what is wrong."""
     if torch.compiler.is_compiling() or _ops.native_error is not None:
+        return None
+    if out is not None and not _may_be_written(out):
         return None
     attributes = module.__dict__
     stepper: Stepper | None = attributes.get("_stepper")
@@ -128,6 +131,18 @@ def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
     return None if stepper is None else stepper.call(attributes, input, state, out)
+
+
+def _may_be_written(out: Any) -> bool:
+    """Whether the operator may write the new state, as an operator in place: its version grows, and
+    tensors of inference mode are left to the general path outside of it."""
+    targets = list(out) if isinstance(out, (tuple, list)) else [out]
+    if not all(type(t) is Tensor for t in targets):
+        return False
+    if any(t.is_inference() for t in targets):
+        return torch.is_inference_mode_enabled() and all(t.is_inference() for t in targets)
+    torch.autograd.graph.increment_version(targets)
+    return True
 
 
 def step(module: Any, spec: LayerSpec, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any]:

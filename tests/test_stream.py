@@ -311,3 +311,51 @@ def test_weights_cut_short_are_refused(engine: str) -> None:
         layer.weight_hh_l0.untyped_storage().resize_(16)
         with pytest.raises(RuntimeError, match="storage"):
             layer.step(torch.zeros(2, 3))  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_out_is_written_as_in_place(engine: str) -> None:
+    layer, twin = make("gru", 4, 5, num_layers=2)
+    buffer, frame = torch.randn(3, 2, 5), torch.randn(2, 4)
+    before = buffer._version
+    expected = twin(frame[None], buffer[:2].clone())[1]
+    layer.step(frame, buffer[:2], out=buffer[1:])  # type: ignore[operator]
+    assert buffer._version > before
+    torch.testing.assert_close(buffer[1:], expected)
+    with torch.inference_mode():
+        state = torch.zeros(2, 2, 5)
+        layer.step(frame, state, out=state)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="nference tensor"):
+        layer.step(frame, out=state)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_results_are_no_views(engine: str) -> None:
+    if engine != "reference":
+        for result in (
+            fastrnn.GRUCell(4, 5)(torch.randn(3, 4)),
+            fastrnn.RNN(4, 5, batch_first=True)(torch.randn(3, 2, 4))[0],
+        ):
+            result.detach_()
+            assert not result._is_view()
+
+
+@pytest.mark.parametrize("name", ["input_size", "hidden_size", "num_layers", "bias"])
+@torch.no_grad()
+def test_changed_attributes_are_seen(engine: str, name: str) -> None:
+    layer, _ = make("rnn_tanh", 4, 5, num_layers=2)
+    layer(torch.randn(3, 2, 4))
+    setattr(layer, name, {"input_size": 3, "hidden_size": 6, "num_layers": 1, "bias": False}[name])
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(torch.randn(3, 2, 4))
+
+
+@torch.no_grad()
+def test_weight_with_negative_bit(engine: str) -> None:
+    layer, twin = make("rnn_tanh", 4, 5)
+    layer.weight_ih_l0 = nn.Parameter(torch._neg_view(torch.randn(5, 4)))
+    x = torch.randn(3, 2, 4)
+    for factor in (1.0, 0.0):
+        layer.weight_ih_l0.mul_(factor)
+        twin.weight_ih_l0.copy_(layer.weight_ih_l0)  # type: ignore[union-attr,operator]
+        torch.testing.assert_close(layer(x)[0], twin(x)[0])
