@@ -7,7 +7,6 @@
 #include "problem.h"
 #include "products.h"
 #include "scratch.h"
-#include "step.h"
 
 namespace fastrnn {
 
@@ -26,6 +25,14 @@ Dtype dtype_of(ScalarType dtype) {
   }
 }
 
+CellId cell_of(const std::string& name) {
+  for (size_t id = 0; id < std::size(kCells); ++id)
+    if (name == kCells[id].name) return static_cast<CellId>(id);
+  STD_TORCH_CHECK(false, "fastrnn: unknown cell '", name, "'");
+}
+
+namespace {
+
 // Owns the string: torch's own conversion to std::string (2.10 to 2.13) loses its memory at every call.
 std::string take_string(StringHandle handle) {
   size_t length = 0;
@@ -36,14 +43,6 @@ std::string take_string(StringHandle handle) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   return copy;
 }
-
-CellId cell_of(const std::string& name) {
-  for (size_t id = 0; id < std::size(kCells); ++id)
-    if (name == kCells[id].name) return static_cast<CellId>(id);
-  STD_TORCH_CHECK(false, "fastrnn: unknown cell '", name, "'");
-}
-
-namespace {
 
 // The array of an optional tensor, checked; null where there is none.
 const void* optional_array(const OptionalTensor& t, const char* name, const Sizes& sizes, ScalarType dtype) {

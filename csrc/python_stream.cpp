@@ -2,11 +2,14 @@
 // itself wherever this answers None.
 #include "python_stream.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <pybind11/stl.h>
 
 #include <initializer_list>
 #include <utility>
 #include <vector>
+
+#include "python_tensors.h"
+#include "step.h"
 
 namespace py = pybind11;
 
@@ -62,63 +65,81 @@ class PlainCalls {
   const py::str default_name_{"_default"}, level_name_{"_current_level"}, reference_{"reference"};
 };
 
-// The steps of one module over weights that lie where they lay.
+// The steps of one module over weights that lie where they lie. Knows their names and keeps none of them.
 class DirectCall {
  public:
-  DirectCall(const PlainCalls& plain, py::object tensor_type, py::dict description, bool has_c, py::list held,
-             py::object net, py::object step, py::object step_out)
-      : plain_(plain),
-        tensor_type_(std::move(tensor_type)),
-        has_c_(has_c),
-        net_(std::move(net)),
-        step_(std::move(step)),
-        step_out_(std::move(step_out)) {
+  DirectCall(const PlainCalls& plain, const PythonTensors& tensors, py::dict description,
+             std::vector<std::pair<bool, py::object>> weights, const StepKind& kind)
+      : plain_(plain), tensors_(tensors), names_(std::move(weights)), kind_(kind), has_c_(kind.has_c()) {
     for (const auto& [name, value] : description)
       description_.emplace_back(py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(value));
-    for (const py::handle entry : held) {
-      const py::tuple weight = py::reinterpret_borrow<py::tuple>(entry);
-      held_.push_back({weight[0].cast<bool>(), weight[1], weight[2]});
-    }
   }
 
   // Output and new state of input [B, I], [I] or [T, B, I]; None where the general path has to run, or to say what is
   // wrong. attributes: the module's.
   py::object call(const py::dict& attributes, const py::handle& input, const py::handle& state,
                   const py::handle& out) const {
-    if (aoti_torch_grad_mode_is_enabled() || reinterpret_cast<PyObject*>(Py_TYPE(input.ptr())) != tensor_type_.ptr() ||
-        !plain_.holds() || !is_current(attributes) || drops_out(attributes))
+    if (aoti_torch_grad_mode_is_enabled() || !tensors_.is_tensor(input) || !plain_.holds() || !is_current(attributes) ||
+        drops_out(attributes))
       return py::none();
     py::handle h = state, c = none_, h_n = out, c_n = none_;
     if (has_c_ && !(take_pair(state, h, c) && take_pair(out, h_n, c_n))) return py::none();
-    PyObject* const arguments[] = {net_.ptr(), input.ptr(), h.ptr(), c.ptr(), h_n.ptr(), c_n.ptr()};
-    const py::object found =
-        py::reinterpret_steal<py::object>(out.is_none() ? PyObject_Vectorcall(step_.ptr(), arguments, 4, nullptr)
-                                                        : PyObject_Vectorcall(step_out_.ptr(), arguments, 6, nullptr));
-    if (!found) return refused();
-    if (!out.is_none()) return py::make_tuple(found, out);
-    PyObject* const results = found.ptr();
-    if (!PyTuple_Check(results) || PyTuple_GET_SIZE(results) != 3) return py::none();
-    const py::handle output = PyTuple_GET_ITEM(results, 0), new_h = PyTuple_GET_ITEM(results, 1);
-    if (!has_c_) return pair(output, new_h);
-    return pair(output, pair(new_h, PyTuple_GET_ITEM(results, 2)));
+    std::vector<py::object> kept;  // the weights, and copies: another thread may drop them meanwhile
+    std::vector<TensorView> weights;
+    TensorView x, h0, c0, h_out, c_out;
+    if (!find_weights(attributes, weights, kept) || !find(input, x, &kept) || !find(h, h0, &kept) ||
+        !find(c, c0, &kept) || !find(h_n, h_out, nullptr) || !find(c_n, c_out, nullptr))
+      return py::none();
+    StepCall steps;
+    if (!steps.take(kind_, weights, x, h0, c0)) return py::none();
+    py::object new_state;
+    if (!out.is_none()) {
+      if (!steps.may_write(h_out, c_out)) return py::none();
+      new_state = py::reinterpret_borrow<py::object>(out);
+    } else {
+      new_state = tensors_.make(steps.h_shape(), steps.dtype(), h_out);
+      if (has_c_) new_state = pair(new_state, tensors_.make(steps.c_shape(), steps.dtype(), c_out));
+    }
+    TensorView y;
+    const py::object output = tensors_.make(steps.output_shape(), steps.dtype(), y);
+    {
+      const py::gil_scoped_release release;
+      steps.run(y, h_out, c_out);
+    }
+    return pair(output, new_state);
   }
 
  private:
-  struct Held {
-    bool is_parameter;
-    py::object name, tensor;
-  };
+  // What an argument holds; nothing for None. A copy is kept in `kept`, where one may be made.
+  bool find(const py::handle& object, TensorView& found, std::vector<py::object>* kept) const {
+    if (object.is_none()) return true;
+    if (!kept) return tensors_.find(object, found);
+    py::object copy;
+    if (!tensors_.find_or_copy(object, found, copy)) return false;
+    if (copy) kept->push_back(std::move(copy));
+    return true;
+  }
 
-  // Whether the module's attributes are what they were, and every weight the tensor it was.
+  // Whether the module's attributes are what they were.
   bool is_current(const py::dict& attributes) const {
     for (const auto& [name, value] : description_)
       if (!PlainCalls::is_equal(PlainCalls::item(attributes, name), value)) return false;
+    return true;
+  }
+
+  // The module's weights as they are now; false where one is not there or not simply right.
+  bool find_weights(const py::dict& attributes, std::vector<TensorView>& weights, std::vector<py::object>& kept) const {
     const py::handle parameters = PlainCalls::item(attributes, parameters_name_);
     const py::handle buffers = PlainCalls::item(attributes, buffers_name_);
     if (!parameters || !buffers || !PyDict_Check(parameters.ptr()) || !PyDict_Check(buffers.ptr())) return false;
-    for (const Held& weight : held_)
-      if (PlainCalls::item(weight.is_parameter ? parameters : buffers, weight.name).ptr() != weight.tensor.ptr())
-        return false;
+    weights.resize(names_.size());
+    kept.reserve(names_.size() + 3);
+    for (size_t i = 0; i < names_.size(); ++i) {
+      const auto& [is_parameter, name] = names_[i];
+      const py::handle weight = PlainCalls::item(is_parameter ? parameters : buffers, name);
+      if (!weight || !tensors_.find(weight, weights[i])) return false;
+      kept.push_back(py::reinterpret_borrow<py::object>(weight));
+    }
     return true;
   }
 
@@ -147,22 +168,12 @@ class DirectCall {
     return py::reinterpret_steal<py::object>(made);
   }
 
-  // An argument was not simply right, or a weight has moved: the general path finds out which.
-  static py::object refused() {
-    for (PyObject* const kind : {PyExc_RuntimeError, PyExc_TypeError, PyExc_ValueError})
-      if (PyErr_ExceptionMatches(kind)) {
-        PyErr_Clear();
-        return py::none();
-      }
-    throw py::error_already_set();
-  }
-
-  const PlainCalls& plain_;  // kept alive by the binding
-  const py::object tensor_type_;
-  const bool has_c_;
+  const PlainCalls& plain_;  // both kept alive by the binding
+  const PythonTensors& tensors_;
   std::vector<std::pair<py::object, py::object>> description_;
-  std::vector<Held> held_;
-  const py::object net_, step_, step_out_;
+  const std::vector<std::pair<bool, py::object>> names_;  // of the weights, and whether each is a parameter
+  const StepKind kind_;
+  const bool has_c_;
   const py::none none_;
   const py::str parameters_name_{"_parameters"}, buffers_name_{"_buffers"}, dropout_name_{"dropout"},
       training_name_{"training"};
@@ -174,10 +185,20 @@ void bind_stream(py::module_& m) {
   py::class_<PlainCalls>(m, "PlainCalls")
       .def(py::init<py::list, py::object, py::dict, py::module_>())
       .def("hold", &PlainCalls::holds);
+  py::class_<PythonTensors>(m, "PythonTensors").def(py::init<py::type, py::type>());
+  py::class_<StepKind>(m, "StepKind")
+      .def(py::init([](const std::string& cell, int64_t I, int64_t H, int64_t P, bool bias, bool quantized) {
+             return StepKind{cell_of(cell), I, H, P, bias, quantized};
+           }),
+           py::kw_only(), py::arg("cell"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("bias"),
+           py::arg("quantized"));
   py::class_<DirectCall>(m, "DirectCall")
-      .def(py::init<const PlainCalls&, py::object, py::dict, bool, py::list, py::object, py::object, py::object>(),
-           py::keep_alive<1, 2>())
-      .def("call", &DirectCall::call);
+      .def(py::init<const PlainCalls&, const PythonTensors&, py::dict, std::vector<std::pair<bool, py::object>>,
+                    const StepKind&>(),
+           py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+      .def("call", &DirectCall::call)
+      // Copies and pickles of a module do without: None.
+      .def("__reduce__", [](const py::object&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });
 }
 
 }  // namespace fastrnn

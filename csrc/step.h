@@ -2,69 +2,82 @@
 // step of a stream, and `forward` without gradients.
 //
 // Computes   per layer  h', c' = cell(W_ih x + b_ih, W_hh h + b_hh), x of the next layer = h'
-// Memory     weights read where they lie (no copy, so none can be out of date); scratch kept by each thread
-// Requires   weights whose shapes the caller has checked; refuses a call after one of them has moved
+// Memory     weights read where they lie (no copy, so none can be out of date) and kept no longer than the call;
+//            scratch kept by each thread
+// Requires   nothing of its caller: sizes and dtypes are checked at each call
 #pragma once
 
 #include <string>
+#include <vector>
 
-#include "cpu/kernels.h"
 #include "problem.h"
 
 namespace fastrnn {
 
-// A layer: weight_ih [G * H, I], weight_hh [G * H, P], bias_ih and bias_hh [G * H] or none, weight_hr [P, H] or none;
-// scales of weight_ih and weight_hh [G * H] (int8 only).
-struct StepLayer {
-  const void *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
-  const float *scale_ih, *scale_hh;
-};
+struct Shape {
+  int64_t dim = 0, sizes[3] = {};
 
-// Where a weight lies, and as what.
-struct Place {
-  const void* address;
-  int64_t rows, elements;
-  ScalarType dtype;
-
-  explicit Place(const Tensor& t)
-      : address(t.const_data_ptr()), rows(t.dim() ? t.size(0) : 0), elements(t.numel()), dtype(t.scalar_type()) {}
-  bool holds(const Tensor& t) const {
-    if (elements == 0) return t.numel() == 0;  // stands for a weight that is not there
-    return t.const_data_ptr() == address && t.numel() == elements && t.scalar_type() == dtype && t.is_contiguous() &&
-           t.size(0) == rows && storage_suffices(t);
+  bool operator==(const Shape& other) const {
+    return dim == other.dim && sizes[0] == other.sizes[0] && sizes[1] == other.sizes[1] && sizes[2] == other.sizes[2];
+  }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int64_t i = 0; i < dim; ++i) n *= sizes[i];
+    return n;
   }
 };
 
-class StepNet {
- public:
-  // Seven weights for each layer, in the order of StepLayer; an empty tensor [0] where there is none. quantized:
-  // weight_ih and weight_hh are int8 or bfloat16 beside float activations.
-  StepNet(const std::string& cell, std::vector<Tensor> weights, int64_t H, int64_t P, bool quantized);
-
-  // Whether every weight lies where it lay.
-  bool is_current() const;
-
-  // T steps: input [T, B, I], h and h_n [L, B, P], c and c_n [L, B, H] (null for cells without c), output [T, B, P] (or
-  // null: not wanted). h_n may be h, and c_n c. h null: zeros.
-  void run(int64_t T, int64_t B, const void* input, const void* h, const void* c, void* output, void* h_n,
-           void* c_n) const;
-
-  ScalarType dtype() const { return dtype_; }
-  bool has_c() const { return kCells[static_cast<int>(shape_.cell)].has_c; }
-  int64_t I() const { return I_; }
-  int64_t H() const { return shape_.H; }
-  int64_t P() const { return shape_.P; }
-  int64_t L() const { return static_cast<int64_t>(layers_.size()); }
-
- private:
-  ScanShape shape_;
-  ScalarType dtype_;
-  int64_t I_;
-  std::vector<Tensor> weights_;
-  std::vector<Place> places_;
-  std::vector<StepLayer> layers_;
+// The elements of a contiguous tensor on the CPU that somebody else keeps; no data: no tensor.
+struct TensorView {
+  void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  Shape shape;
 };
 
-std::string take_string(StringHandle handle);
+// What a net is said to be. quantized: weight_ih and weight_hh are int8 or bfloat16 beside float activations.
+struct StepKind {
+  CellId cell;
+  int64_t I, H, P;
+  bool bias, quantized;
+
+  bool has_c() const { return kCells[static_cast<int>(cell)].has_c; }
+};
+
+// One call of a net over T steps.
+class StepCall {
+ public:
+  // Whether everything is as `kind` says. weights: for each layer weight_ih [G * H, I or P] and weight_hh [G * H, P],
+  // of int8 their scales [G * H], with bias both biases [G * H], with P < H weight_hr [P, H]; input [T, B, I], or [B,
+  // I] or [I] for a single step; h [L, B, P] and for an LSTM c [L, B, H], without B beside [I], or neither: zeros.
+  bool take(const StepKind& kind, const std::vector<TensorView>& weights, const TensorView& input, const TensorView& h,
+            const TensorView& c);
+
+  // Whether the new state may be written here: where the old one lies, or apart from it, and nothing in between.
+  bool may_write(const TensorView& h_n, const TensorView& c_n) const;
+
+  void run(const TensorView& output, const TensorView& h_n, const TensorView& c_n) const;
+
+  Shape output_shape() const;
+  Shape h_shape() const { return state_shape(shape_.P); }
+  Shape c_shape() const { return state_shape(shape_.H); }
+  ScalarType dtype() const { return dtype_; }
+
+ private:
+  // A layer of input width I: its weights, biases or none, weight_hr or none, scales or none.
+  struct Layer {
+    int64_t I;
+    const void *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
+    const float *scale_ih, *scale_hh;
+  };
+
+  bool take_weights(const StepKind& kind, const std::vector<TensorView>& weights);
+  bool is_state(const TensorView& h, const TensorView& c) const;
+  Shape state_shape(int64_t width) const;
+
+  ScanShape shape_{};
+  ScalarType dtype_ = ScalarType::Float;
+  std::vector<Layer> layers_;
+  TensorView input_, h_, c_;
+};
 
 }  // namespace fastrnn

@@ -50,6 +50,12 @@ inline std::atomic<bool>& poison() {
   return on;
 }
 
+// Before the first use of new memory.
+inline void prepare_memory(void* data, size_t bytes) {
+  if (bytes >= kHugePage) advise_huge_pages(data, bytes);
+  if (poison() && bytes > 0) std::memset(data, 0xFF, bytes);
+}
+
 // A new contiguous tensor on the CPU.
 inline Tensor make(const Sizes& sizes, ScalarType dtype) {
   Sizes strides(sizes.size());
@@ -66,8 +72,7 @@ inline Tensor make(const Sizes& sizes, ScalarType dtype) {
                                                          &handle));
   Tensor t(handle);
   const size_t bytes = static_cast<size_t>(dtype == ScalarType::Byte ? numel : numel * item_size(dtype));
-  if (bytes >= kHugePage) advise_huge_pages(t.mutable_data_ptr(), bytes);
-  if (poison() && bytes > 0) std::memset(t.mutable_data_ptr(), 0xFF, bytes);
+  prepare_memory(t.mutable_data_ptr(), bytes);
   return t;
 }
 

@@ -21,10 +21,18 @@ class PlainCalls:
     ) -> None: ...  # fmt: skip
     def hold(self) -> bool: ...
 
+class PythonTensors:
+    def __init__(self, tensor: type, parameter: type) -> None: ...
+
+class StepKind:
+    def __init__(
+        self, *, cell: str, I: int, H: int, P: int, bias: bool, quantized: bool
+    ) -> None: ...
+
 class DirectCall:
     def __init__(
-        self, plain: PlainCalls, tensor_type: type, description: dict[str, Any], has_c: bool,
-        held: list[tuple[bool, str, Tensor]], net: int, step: Any, step_out: Any,
+        self, plain: PlainCalls, tensors: PythonTensors, description: dict[str, Any],
+        weights: list[tuple[bool, str]], kind: StepKind,
     ) -> None: ...  # fmt: skip
     def call(
         self, attributes: dict[str, Any], input: Any, state: Any, out: Any

@@ -248,10 +248,9 @@ def _layer_backward_fake(
 
 if native_error is None:
     plain_calls = _plain_calls()
+    python_tensors = importlib.import_module("fastrnn._C").PythonTensors(Tensor, torch.nn.Parameter)
     layer = torch.ops.fastrnn.layer.default
     layer_backward = torch.ops.fastrnn.layer_backward.default
-    step = torch.ops.fastrnn.step.default
-    step_out = torch.ops.fastrnn.step_out.default
     torch.library.register_fake("fastrnn::layer", _layer_fake)
     torch.library.register_fake("fastrnn::layer_backward", _layer_backward_fake)
 

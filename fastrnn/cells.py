@@ -6,13 +6,16 @@ state dict and repr. What is fastrnn's own is ``forward``.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from . import checks, functional, stream, swap
+
+if TYPE_CHECKING:
+    from ._C import DirectCall
 
 Device = torch.device | str | int | None
 
@@ -48,7 +51,7 @@ class _Cell(RNNCellBase):
         # In place: results that are views could not be detached or changed in place.
         return tuple(s.squeeze_(0) for s in new) if isinstance(new, tuple) else new.squeeze_(0)
 
-    def _new_stepper(self) -> stream.Stepper | None:
+    def _new_direct_call(self) -> DirectCall | None:
         names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
         mode = self._mode
         if mode == "RNN":
@@ -63,7 +66,7 @@ class _Cell(RNNCellBase):
         found = [w for w in weights if w is not None]
         if len(found) < len(names) or not stream.can_step(spec, found):
             return None
-        return stream.Stepper(self, spec, stream.weights_of_layers(spec, names, found))
+        return stream.direct_call(self, spec, names)
 
 
 class RNNCell(_Cell):

@@ -6,12 +6,15 @@ names, initialisation, state dict, pickling and repr. What is fastrnn's own is `
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import checks, layers, stream, swap
+
+if TYPE_CHECKING:
+    from ._C import DirectCall
 
 
 class Layer(nn.RNNBase):
@@ -70,14 +73,13 @@ class Layer(nn.RNNBase):
         result = stream.run(self, input, state, out) if _is_frame(input) else None
         return stream.step(self, self._spec(), input, state, out) if result is None else result
 
-    def _new_stepper(self) -> stream.Stepper | None:
+    def _new_direct_call(self) -> DirectCall | None:
         spec, names = self._spec(), self._flat_weights_names
         if spec.directions == 2 or any(name not in self._parameters for name in names):
             return None
-        weights = self._weights()
-        if not stream.can_step(spec, weights):
+        if not stream.can_step(spec, self._weights()):
             return None
-        return stream.Stepper(self, spec, stream.weights_of_layers(spec, names, weights))
+        return stream.direct_call(self, spec, names)
 
     def _spec(self) -> checks.LayerSpec:
         return checks.layer_spec(

@@ -12,13 +12,16 @@ Dimension key: see layers.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import modules, stream
 from .swap import Entry, SwapReport
+
+if TYPE_CHECKING:
+    from ._C import DirectCall
 
 _TYPES = {"bf16": "bfloat16", "int8": "int8"}
 
@@ -56,20 +59,15 @@ class QuantizedLayer(modules.Layer):
             return weight.float()
         return weight.float() * getattr(self, name + "_scale").unsqueeze(1)
 
-    def _new_stepper(self) -> stream.Stepper | None:
-        spec, names = self._spec(), self._flat_weights_names
+    def _new_direct_call(self) -> DirectCall | None:
+        spec, names = self._spec(), list(self._flat_weights_names)
         if spec.directions == 2 or not stream.can_step(spec, self._weights()):
             return None
-        stored = stream.weights_of_layers(spec, names, [getattr(self, name) for name in names])
         if self._weight_type == "int8":
-            for i, own in enumerate(stored.names):
-                scale_names = [f"{name}_scale" for name in own[:2]]
-                stored.layers[i] = (
-                    *stored.layers[i][:5],
-                    *(getattr(self, name) for name in scale_names),
-                )
-                stored.names[i] = (*own[:5], *scale_names)
-        return stream.Stepper(self, spec, stored._replace(quantized=True))
+            per_layer = len(names) // spec.num_layers
+            for first in reversed(range(0, len(names), per_layer)):
+                names[first + 2 : first + 2] = [f"{n}_scale" for n in names[first : first + 2]]
+        return stream.direct_call(self, spec, names, quantized=True)
 
 
 class QuantizedRNN(QuantizedLayer, modules.RNN):
@@ -156,7 +154,7 @@ def dequantize(model: nn.Module) -> SwapReport:
             module._parameters[weight] = value
         _in_torch_order(module)
         del module._weight_type
-        module.__dict__.pop("_stepper", None)
+        module.__dict__.pop("_direct_call", None)
         target = plain[type(module)]
         report.swapped.append(Entry(name, type(module).__name__, f"fastrnn.{target.__name__}"))
         module.__class__ = target  # type: ignore[assignment]
@@ -203,7 +201,7 @@ def _quantize_layer(module: nn.Module, weight_type: str, keep_originals: bool) -
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         module.register_buffer(name, (weight / scale.unsqueeze(1)).round().to(torch.int8))
         module.register_buffer(name + "_scale", scale)
-    module.__dict__.pop("_stepper", None)
+    module.__dict__.pop("_direct_call", None)
     module.__class__ = _QUANTIZED[type(module)]
     module.__dict__["_originals"] = originals
     module.__dict__["_weight_type"] = weight_type

@@ -1,9 +1,9 @@
 """A unidirectional net without gradients: what ``module.step`` runs, and ``forward`` where it can,
 with as little around the kernels as there can be.
 
-The weights are read where they lie, so that no update of them can be missed: in place, through
-``.data``, by an optimizer or by ``load_state_dict``. What is kept from call to call is where they
-lie, and a call that finds another tensor, or the same one elsewhere, looks anew.
+The weights are read where they lie and looked up at each call, so that no update of them can be
+missed: in place, through ``.data``, by an optimizer or by ``load_state_dict``. What is kept from
+call to call is what the module is and how its weights are called.
 
 Dimension key: see layers.py.
 """
@@ -11,9 +11,8 @@ Dimension key: see layers.py.
 from __future__ import annotations
 
 import importlib
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,66 +20,29 @@ from torch import Tensor, nn
 from . import _ops, checks
 from .checks import LayerSpec
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from ._C import DirectCall
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class StepWeights(NamedTuple):
-    """The weights of a net for its steps, for each layer weight_ih, weight_hh, both biases,
-    weight_hr, both scales; and where the module holds each of them."""
+def direct_call(
+    module: nn.Module, spec: LayerSpec, names: Sequence[str], quantized: bool = False
+) -> DirectCall:
+    """The steps over the weights of these names, for each layer weight_ih, weight_hh, (int8: both
+    scales), both biases, weight_hr. Copies and pickles of the module do without it.
 
-    layers: list[tuple[Tensor | None, ...]]
-    names: list[tuple[str | None, ...]]
-    quantized: bool
-
-
-class Stepper:
-    """The steps over a module's weights, where these lie. Copies and pickles of the module do
-    without it."""
-
-    def __init__(self, module: nn.Module, spec: LayerSpec, weights: StepWeights) -> None:
-        held = [
-            (name in module._parameters, name, t)
-            for names, layer in zip(weights.names, weights.layers, strict=True)
-            for name, t in zip(names, layer, strict=True)
-            if name is not None and t is not None
-        ]
-        tensors = [torch.empty(0) if t is None else t for layer in weights.layers for t in layer]
-        net: int = torch.ops.fastrnn.step_net(
-            spec.cell, tensors, spec.hidden_size, spec.output_size, weights.quantized
-        )
-        weakref.finalize(self, torch.ops.fastrnn.step_free, net)
-        direct = importlib.import_module("fastrnn._C").DirectCall(
-            _ops.plain_calls, Tensor, description_of(module), spec.has_c, held, net,
-            _ops.step._op, _ops.step_out._op,
-        )  # fmt: skip
-        # call(attributes of the module, input [B, I], [I] or [T, B, I], state, out): output and
-        # new state. None with gradients, dropout or anything but plain native calls, if the module
-        # or a weight is another one or lies elsewhere, or an argument is not simply right.
-        self.call: Callable[..., tuple[Tensor, Any] | None] = direct.call
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
-
-
-def weights_of_layers(
-    spec: LayerSpec, names: Sequence[str], weights: Sequence[Tensor]
-) -> StepWeights:
-    """The weights of a plain module as a Stepper takes them."""
-    per_layer = len(weights) // spec.num_layers
-
-    def in_places(found: Sequence[T]) -> tuple[T | None, ...]:
-        ih, hh, *rest = found
-        hr = rest.pop() if spec.proj_size else None
-        b_ih, b_hh = rest or (None, None)
-        return ih, hh, b_ih, b_hh, hr, None, None
-
-    parts = [slice(i * per_layer, (i + 1) * per_layer) for i in range(spec.num_layers)]
-    return StepWeights(
-        [in_places(weights[part]) for part in parts],
-        [in_places(names[part]) for part in parts],
-        quantized=False,
+    Its ``call(attributes of the module, input [B, I], [I] or [T, B, I], state, out)`` gives output
+    and new state; None with gradients, dropout or anything but plain native calls, if the module is
+    another one, or if a weight or an argument is not simply right."""
+    extension = importlib.import_module("fastrnn._C")
+    kind = extension.StepKind(
+        cell=spec.cell, I=spec.input_size, H=spec.hidden_size, P=spec.output_size, bias=spec.bias,
+        quantized=quantized,
+    )  # fmt: skip
+    stored = [(name in module._parameters, name) for name in names]
+    return extension.DirectCall(
+        _ops.plain_calls, _ops.python_tensors, description_of(module), stored, kind
     )
 
 
@@ -91,7 +53,7 @@ def description_of(module: nn.Module) -> dict[str, Any]:
 
 
 def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
-    """Whether a Stepper can read these weights."""
+    """Whether the operator of steps can read these weights."""
     first = tensors[0]
     return (
         _ops.native_error is None
@@ -109,33 +71,41 @@ def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
 
 
 def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor, Any] | None:
-    """The steps of ``module`` over the input by its Stepper; None where the general path has to
+    """The steps of ``module`` over the input by its direct call; None where the general path has to
     run, or to say what is wrong."""
     if torch.compiler.is_compiling() or _ops.native_error is not None:
         return None
-    if out is not None and not _may_be_written(out):
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function("fastrnn::step"):
+            return _run(module, input, state, out)
+    return _run(module, input, state, out)
+
+
+def _run(module: Any, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any] | None:
+    if out is not None and not _begin_writing(out):
         return None
     attributes = module.__dict__
-    stepper: Stepper | None = attributes.get("_stepper")
-    if stepper is not None:
-        result = stepper.call(attributes, input, state, out)
+    direct: DirectCall | None = attributes.get("_direct_call")
+    if direct is not None:
+        result = direct.call(attributes, input, state, out)
         if result is not None:
             return result
     if torch.is_grad_enabled() or type(input) is not Tensor or not _ops.is_plain_native():
         return None
     if module.training and attributes.get("dropout"):
         return None
-    attributes["_stepper"] = None
+    attributes["_direct_call"] = None
     try:
-        stepper = attributes["_stepper"] = module._new_stepper()
+        direct = attributes["_direct_call"] = module._new_direct_call()
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
-    return None if stepper is None else stepper.call(attributes, input, state, out)
+    return None if direct is None else direct.call(attributes, input, state, out)
 
 
-def _may_be_written(out: Any) -> bool:
-    """Whether the operator may write the new state, as an operator in place: its version grows, and
-    tensors of inference mode are left to the general path outside of it."""
+def _begin_writing(out: Any) -> bool:
+    """Notes on the tensors for the new state that the operator writes them, as PyTorch does for an
+    operation in place: their versions grow. False where the general path has to write or to refuse:
+    no plain tensors, or such of inference mode outside of it."""
     targets = list(out) if isinstance(out, (tuple, list)) else [out]
     if not all(type(t) is Tensor for t in targets):
         return False

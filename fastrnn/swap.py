@@ -215,7 +215,7 @@ def _type_name(kind: type) -> str:
 
 def _set_type(module: nn.Module, target: type[nn.Module]) -> None:
     """Change the class of ``module``, keeping the class that a parametrization put in front."""
-    module.__dict__.pop("_stepper", None)
+    module.__dict__.pop("_direct_call", None)
     if not parametrize.is_parametrized(module):
         module.__class__ = target
         return

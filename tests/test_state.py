@@ -4,11 +4,13 @@ that replaces, reparametrises or updates a weight between two calls."""
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -281,6 +283,8 @@ def test_dtype_conversion(name: str, swap: bool, dtype: torch.dtype) -> None:
         for lib in (nn, fastrnn):
             layer = build(lib, name, 3, 4)
             flat(layer, data(name))
+            with torch.no_grad():
+                flat(layer, data(name))
             layer = layer.half() if dtype == torch.float16 else layer.to(dtype)
             assert all(p.dtype == dtype for p in layer.parameters())
             x = data(name).to(dtype)
@@ -294,6 +298,26 @@ def test_dtype_conversion(name: str, swap: bool, dtype: torch.dtype) -> None:
         check(got, torch_same, {"y": flat(layer, x.double())})
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@both_libraries
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_calls_keep_no_reference(lib: ModuleType, name: str, grad: bool) -> None:
+    """To a weight, or through an attribute of it to the module: swapped and freed as torch.nn's."""
+    layer = build(lib, name, 3, 4)
+    first = next(layer.parameters())
+    with torch.set_grad_enabled(grad):
+        flat(layer, data(name))
+        if name in CELLS:  # torch.nn.RNNBase keeps weak references, which swap_tensors refuses
+            torch.utils.swap_tensors(first, nn.Parameter(torch.zeros_like(first)))
+            assert not first.any()
+            flat(layer, data(name))
+    cast(Any, first).owner = layer
+    gone = weakref.ref(layer)
+    del layer, first
+    gc.collect()
+    assert gone() is None
 
 
 @both_libraries

@@ -363,3 +363,13 @@ def test_weight_with_negative_bit(engine: str) -> None:
         layer.weight_ih_l0.mul_(factor)
         twin.weight_ih_l0.copy_(layer.weight_ih_l0)  # type: ignore[union-attr,operator]
         torch.testing.assert_close(layer(x)[0], twin(x)[0])
+
+
+@needs_native
+@torch.no_grad()
+def test_a_profile_names_the_steps() -> None:
+    layer, frame = fastrnn.GRU(3, 4), torch.randn(2, 3)
+    layer.step(frame)
+    with torch.profiler.profile() as profile:
+        layer.step(frame)
+    assert "fastrnn::step" in {event.key for event in profile.key_averages()}
