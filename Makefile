@@ -10,8 +10,10 @@
 #   make format    rewrites csrc/ as clang-format wants it
 #   make clean     removes what was built; `rm -rf .venv` removes the environment
 #
-# FASTRNN_BUILD, CXX, CXXFLAGS and MAX_JOBS are explained in setup.py.
+# FASTRNN_BUILD, FASTRNN_CUDA, CXX, CXXFLAGS and MAX_JOBS are explained in setup.py.
 
+# Of the CUDA kernels, where there is nvcc: one architecture, so that a build does not take long.
+export TORCH_CUDA_ARCH_LIST ?= 9.0
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
@@ -62,10 +64,11 @@ SANITIZE_RUN = cd $(SANITIZED) && \
 sanitize: env $(VENV)/package.stamp
 	FASTRNN_BUILD=1 FASTRNN_SANITIZE=address,undefined \
 		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
-	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)/tests
+	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)/tests && ln -sfn $(abspath csrc) $(SANITIZED)/csrc
 	$(SANITIZE_RUN) -m pytest -q -p no:cacheprovider \
 		tests/test_ops.py tests/test_stream.py tests/test_quantize.py \
-		tests/test_errors.py tests/test_errors_low_level.py
+		tests/test_errors.py tests/test_errors_low_level.py tests/test_errors_step.py \
+		tests/test_cuda_on_host.py
 	$(SANITIZE_RUN) tests/fuzz.py --n 300
 
 fuzz: build

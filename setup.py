@@ -3,13 +3,19 @@
 `fastrnn._C` is one shared library: the torch operators (on torch's stable ABI, so that one build
 loads on the oldest torch that pyproject.toml allows and on every later one) and a few functions
 that describe the build. The C++ files under csrc/ are compiled by ninja; a file named *_avx2.cpp or
-*_avx512.cpp gets that instruction set's flags. Linux with GCC or Clang.
+*_avx512.cpp gets that instruction set's flags. Linux with GCC or Clang. Where nvcc is found, the
+CUDA kernels under csrc/cuda/ are built too, whether there is a GPU or not; the library still loads
+on a torch for the CPU.
 
 Environment
     FASTRNN_BUILD     auto (default): native where torch and a compiler are found, otherwise pure
                       Python, with the reason; 1: native or fail; 0: pure Python.
                       A compiler that is found and fails is an error, also under auto.
-    FASTRNN_SANITIZE  sanitizers to build with, for example address,undefined
+    FASTRNN_CUDA      auto (default): CUDA kernels where nvcc is found; 1: or fail; 0: none
+    TORCH_CUDA_ARCH_LIST     architectures of GPUs to build for, for example "8.0;9.0+PTX";
+                      default: 8.0;9.0;10.0;12.0+PTX, as far as nvcc knows them
+    CUDA_HOME         the CUDA toolkit; default: that of the nvcc on the path, or /usr/local/cuda
+    FASTRNN_SANITIZE  sanitizers to build with, for example address,undefined; without CUDA
     CXX, CXXFLAGS, LDFLAGS   compiler and additional flags
     MAX_JOBS          number of parallel compilations
 """
@@ -25,6 +31,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import setuptools
@@ -97,6 +104,81 @@ def find_compiler() -> list[str] | None:
     return None
 
 
+class Cuda:
+    """A CUDA toolkit: where it is, and what to build for."""
+
+    DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+    # -fmad=false: a product and a sum are fused only where the source says so, as on the CPU.
+    HOST_FLAGS = "-fPIC,-fvisibility=hidden"
+    FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", HOST_FLAGS, "-Icsrc")
+
+    def __init__(self, home: Path):
+        self.home = home
+        self.nvcc = str(home / "bin" / "nvcc")
+
+    def _ask(self, option: str) -> str:
+        command = [self.nvcc, option]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    @property
+    def version(self) -> str:
+        return re.search(r"release (\d+\.\d+)", self._ask("--version")).group(1)
+
+    @property
+    def architectures(self) -> list[str]:
+        """As in TORCH_CUDA_ARCH_LIST; of the default list those that nvcc knows."""
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        words = re.split(r"[;, ]+", (asked or self.DEFAULT_ARCHITECTURES).strip())
+        for word in words:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", word):
+                raise SystemExit(
+                    f"fastrnn: TORCH_CUDA_ARCH_LIST: expected numbers as in "
+                    f"{self.DEFAULT_ARCHITECTURES}, got {word!r}."
+                )
+        if asked:
+            return words
+        known = self._ask("--list-gpu-arch").split()
+        return [word for word in words if f"compute_{_number(word)}" in known]
+
+    def compile_flags(self) -> list[str]:
+        flags = list(self.FLAGS)
+        for word in self.architectures:
+            number, ptx = _number(word), word.endswith("+PTX")
+            codes = [f"sm_{number}", *([f"compute_{number}"] if ptx else [])]
+            flags.append(f"-gencode=arch=compute_{number},code=[{','.join(codes)}]")
+        return flags
+
+    def link_flags(self) -> list[str]:
+        folders = [self.home / "lib64", *self.home.glob("targets/*-linux/lib")]
+        libraries = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        return [*(f"-L{folder}" for folder in folders if folder.is_dir()), *libraries]
+
+
+def _number(architecture: str) -> str:
+    return architecture.removesuffix("+PTX").replace(".", "")
+
+
+def find_cuda() -> Cuda | None:
+    """The toolkit to build CUDA kernels with; None where there are none to build."""
+    mode = os.environ.get("FASTRNN_CUDA") or "auto"
+    if mode not in ("auto", "1", "0"):
+        raise SystemExit(f"fastrnn: FASTRNN_CUDA must be auto, 1 or 0, and is {mode!r}.")
+    if mode == "0" or os.environ.get("FASTRNN_SANITIZE"):
+        return None
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc:
+        homes.insert(2, str(Path(nvcc).resolve().parent.parent))
+    for home in map(Path, filter(None, homes)):
+        if (home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file():
+            return Cuda(home)
+    if mode == "1":
+        raise SystemExit(
+            "fastrnn: FASTRNN_CUDA=1, but no CUDA toolkit was found; CUDA_HOME names it."
+        )
+    return None
+
+
 def find_ninja() -> list[str] | None:
     if importlib.util.find_spec("ninja"):
         return [sys.executable, "-m", "ninja"]
@@ -129,8 +211,10 @@ def why_not_native(torch: Torch | None) -> str | None:
 
 
 def sources() -> list[str]:
-    """The C++ files to compile, relative to the root of the source tree."""
+    """The C++ and CUDA files to compile, relative to the root of the source tree."""
     found = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
+    if CUDA:
+        found += sorted(ROOT.glob("csrc/cuda/*.cu")) + sorted(ROOT.glob("csrc/cuda/*.cpp"))
     x86 = platform.machine() == "x86_64"
     return [str(path.relative_to(ROOT)) for path in found if x86 or isa_of(path) is None]
 
@@ -163,6 +247,7 @@ def compile_flags(torch: Torch, version: str) -> list[str]:
         "pybind11": pybind11.get_include(),
         "python": sysconfig.get_path("include"),
         "torch": str(torch.folder / "include"),
+        **({"cuda": str(CUDA.home / "include")} if CUDA else {}),
     }
     flags = code_flags()
     return [
@@ -177,6 +262,7 @@ def compile_flags(torch: Torch, version: str) -> list[str]:
         f'-DFASTRNN_BUILD_TORCH="{torch.version}"',
         f"-DFASTRNN_BUILD_FLAGS={json.dumps(' '.join(flags))}",
         *(["-DFASTRNN_X86=1"] if platform.machine() == "x86_64" else []),
+        *([f'-DFASTRNN_CUDA="{CUDA.version} for {" ".join(CUDA.architectures)}"'] if CUDA else []),
     ]
 
 
@@ -189,6 +275,7 @@ def link_flags(torch: Torch) -> list[str]:
         *shlex.split(os.environ.get("LDFLAGS", "")),
         f"-L{torch.folder / 'lib'}",
         "-ltorch_cpu",
+        *(CUDA.link_flags() if CUDA else []),
     ]
 
 
@@ -209,19 +296,35 @@ def ninja_file(files: list[str], folder: Path, compile: list[str], link: list[st
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
+        *_nvcc_rule(escaped, quoted),
         "rule link",
         f"  command = {compiler} $in {quoted(link)} -o $out",
         "  description = link $out",
     ]
     objects = []
     for file in files:
-        objects.append(escaped(str(folder / Path(file).with_suffix(".o"))))
-        lines.append(f"build {objects[-1]}: compile {escaped(file)}")
+        objects.append(escaped(str(folder / (file + ".o"))))
+        rule = "nvcc" if file.endswith(".cu") else "compile"
+        lines.append(f"build {objects[-1]}: {rule} {escaped(file)}")
         isa = isa_of(Path(file))
         if isa:
             lines.append(f"  isa_flags = {quoted(ISA_FLAGS[isa])}")
     lines.append(f"build {escaped(str(folder / '_C.so'))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+def _nvcc_rule(escaped: Callable[[str], str], quoted: Callable[[list[str]], str]) -> list[str]:
+    if not CUDA:
+        return []
+    host = ["-ccbin", *find_compiler()[:1]]
+    command = quoted([CUDA.nvcc, *host, *CUDA.compile_flags()])
+    return [
+        "rule nvcc",
+        f"  command = {command} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = nvcc $in",
+    ]
 
 
 class BuildNative(build_ext):
@@ -282,7 +385,7 @@ def build_name(compile: list[str], link: list[str]) -> str:
 
     pip's build environment has another name each time, which makes no difference here.
     """
-    words = "\0".join([*(find_compiler() or []), *compile, *link])
+    words = "\0".join([*(find_compiler() or []), *compile, *link, *(CUDA.FLAGS if CUDA else [])])
     words = re.sub(r"pip-build-env-[^/]+", "pip-build-env", words)
     kind = "sanitize" if os.environ.get("FASTRNN_SANITIZE") else "native"
     digest = hashlib.sha256(words.encode()).hexdigest()[:8]
@@ -330,6 +433,7 @@ def check_setuptools() -> None:
 
 check_setuptools()
 TORCH = find_torch()
+CUDA = find_cuda()
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},

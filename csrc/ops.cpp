@@ -3,10 +3,14 @@
 
 #include <tuple>
 
-#include "cpu/scan_cpu.h"
-#include "problem.h"
-#include "products.h"
-#include "scratch.h"
+#include "device.h"
+
+// Tests build the operators under another name.
+#if !defined(FASTRNN_LIBRARY)
+#define FASTRNN_LIBRARY fastrnn
+#endif
+#define FASTRNN_DEFINE(library, m) STABLE_TORCH_LIBRARY(library, m)
+#define FASTRNN_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 
 namespace fastrnn {
 
@@ -45,16 +49,11 @@ std::string take_string(StringHandle handle) {
 }
 
 // The array of an optional tensor, checked; null where there is none.
-const void* optional_array(const OptionalTensor& t, const char* name, const Sizes& sizes, ScalarType dtype) {
+const void* optional_array(const OptionalTensor& t, const char* name, const Sizes& sizes, ScalarType dtype,
+                           const Device& device) {
   if (!t) return nullptr;
-  check(*t, name, sizes, dtype);
+  check(*t, name, sizes, dtype, device.place());
   return t->const_data_ptr();
-}
-
-template <class Args>
-void run(const Args& args) {
-  PassScratch<> scratch;
-  scan_cpu(args, [&](size_t bytes) { return scratch.get(bytes); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tensor input_, std::vector<Tensor> list,
@@ -64,11 +63,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tens
   const std::string cell = take_string(name);
   const Tensor input = as_contiguous(input_);
   const OptionalTensor h0 = as_contiguous(h0_), c0 = as_contiguous(c0_);
-  const Problem p(cell, input, list, h0, batch_sizes, groups, direction);
+  const std::unique_ptr<Device> device = device_of(input);
+  const Problem p(device->place(), cell, input, list, h0, batch_sizes, groups, direction);
   const ScanShape& s = p.shape;
   const int64_t A = p.cell.saved;
   const bool has_c = p.cell.has_c;
-  check(input, "the input", sizes_of(input), p.dtype);
+  check(input, "the input", sizes_of(input), p.dtype, device->place());
   STD_TORCH_CHECK(has_c || !c0, "fastrnn: ", cell, " has no cell state, but c0 was given");
 
   ScanArgs a;
@@ -78,148 +78,130 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tens
   a.scale_ih = a.scale_hh = nullptr;
   a.bias_ih = Weights::or_null(p.weights.b_ih_arrays), a.bias_hh = Weights::or_null(p.weights.b_hh_arrays);
   a.weight_hr = Weights::or_null(p.weights.hr_arrays);
-  a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype);
-  a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype);
+  a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype, *device);
+  a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype, *device);
 
   const Sizes none = {0};
-  Tensor output = make(p.output(), p.dtype), h_n = make(p.state(s.P), p.dtype);
-  Tensor c_n = make(has_c ? p.state(s.H) : none, p.dtype);
-  Tensor cells = make(save && has_c ? p.over_time(s.H) : none, p.compute());
-  Tensor saved = make(save ? p.over_time(A * s.H) : none, p.dtype);
+  Tensor output = device->make(p.output(), p.dtype), h_n = device->make(p.state(s.P), p.dtype);
+  Tensor c_n = device->make(has_c ? p.state(s.H) : none, p.dtype);
+  Tensor cells = device->make(save && has_c ? p.over_time(s.H) : none, p.compute());
+  Tensor saved = device->make(save ? p.over_time(A * s.H) : none, p.dtype);
   a.output = output.mutable_data_ptr(), a.h_n = h_n.mutable_data_ptr();
   a.c_n = has_c ? c_n.mutable_data_ptr() : nullptr;
   a.cells = save && has_c ? cells.mutable_data_ptr() : nullptr;
   a.saved = save && A > 0 ? saved.mutable_data_ptr() : nullptr;
-  run(a);
+  device->run(a);
   return {output, h_n, c_n, cells, saved};
 }
 
-Tensor zeros(const Sizes& sizes, ScalarType dtype) {
-  const Tensor t = make(sizes, dtype);
-  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, static_cast<size_t>(t.numel() * item_size(dtype)));
-  return t;
-}
-
-// What the scan leaves for the products after it, in scratch memory: the gradients of the gates' products [D, N, G * H]
-// and, where they differ, of those with h [D, N, R * H]; with a projection those of h [D, N, P] and o tanh c [D, N, H].
+// What the scan leaves for the products after it: the gradients of the gates' products [D, N, G * H] and, where they
+// differ, of those with h [D, N, R * H]; with a projection those of h [D, N, P] and o tanh c [D, N, H]; of packed data
+// the h that entered each row [D, N, P].
 struct BetweenPasses {
-  Array dgates, drecurrent, dprojected, unprojected;
+  Array dgates, drecurrent, dprojected, unprojected, before;
 
-  explicit BetweenPasses(const Problem& p) {
+  BetweenPasses(const Problem& p, Device& device) {
     const ScanShape& s = p.shape;
-    const int64_t projected = s.projected ? 1 : 0;
-    const int64_t widths[] = {p.cell.gates * s.H, p.cell.own * s.H, projected * s.P, projected * s.H};
-    size_t offsets[5] = {};
-    for (int i = 0; i < 4; ++i) {
-      const size_t bytes = static_cast<size_t>(s.D * s.N * widths[i] * item_size(p.compute()));
+    const int64_t projected = s.projected ? 1 : 0, packed = s.batch_sizes ? 1 : 0;
+    const int64_t widths[] = {p.cell.gates * s.H, p.cell.own * s.H, projected * s.P, projected * s.H, packed * s.P};
+    Array* arrays[] = {&dgates, &drecurrent, &dprojected, &unprojected, &before};
+    size_t offsets[6] = {};
+    for (int i = 0; i < 5; ++i) {
+      arrays[i]->dtype = arrays[i] == &before ? p.dtype : device.between_dtype(p.dtype);
+      const size_t bytes = static_cast<size_t>(s.D * s.N * widths[i] * item_size(arrays[i]->dtype));
       offsets[i + 1] = offsets[i] + (bytes + 63) / 64 * 64;
     }
-    char* memory = scratch_.get(offsets[4]);
-    Array* arrays[] = {&dgates, &drecurrent, &dprojected, &unprojected};
-    for (int i = 0; i < 4; ++i)
-      if (widths[i] > 0) *arrays[i] = Array(memory + offsets[i], p.compute());
+    char* memory = device.take_between(offsets[5]);
+    for (int i = 0; i < 5; ++i)
+      if (widths[i] > 0) arrays[i]->data = memory + offsets[i];
   }
-
- private:
-  PassScratch<5> scratch_;
 };
 
 // The gradients of the weights of group d from those of its products, in the order of the operator's list.
 class WeightGradients {
  public:
-  WeightGradients(const Problem& problem, const Tensor& input, const Tensor& output, const OptionalTensor& h0,
-                  const BetweenPasses& between)
+  WeightGradients(const Problem& problem, Device& device, const Tensor& input, const Tensor& output,
+                  const OptionalTensor& h0, const BetweenPasses& between)
       : p(problem),
         s(problem.shape),
+        device_(device),
+        dtype_(problem.compute()),
         input_(input),
         output_(output),
-        first_(h0 ? *h0 : zeros(problem.state(problem.shape.P), problem.dtype)),
+        first_(h0 ? *h0 : device.zeros(problem.state(problem.shape.P), problem.dtype)),
         between_(between) {}
 
   // dW_ih [G * H, I] = sum over time of dx_t input_t^T
   Tensor weight_ih(int64_t d) const {
-    const Tensor dw = make({G * s.H, p.I}, p.compute());
-    outer_product(Rows::of_matrix(dw, p.I), G * s.H, p.I, Rows::of_group(between_.dgates, d, s.N, G * s.H),
-                  Rows::of_matrix(input_, p.I), s.N, false);
-    return to_storage(dw, s.dtype, p.dtype);
+    const Tensor dw = device_.make({G * s.H, p.I}, dtype_);
+    device_.outer_product(Rows::of_matrix(dw, p.I), G * s.H, p.I, Rows::of_group(between_.dgates, d, s.N, G * s.H),
+                          Rows::of_matrix(input_, p.I), s.N, false);
+    return device_.to_storage(dw, p.dtype);
   }
 
   // dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T, where dr is `drecurrent` for the last R gates
-  Tensor weight_hh(int64_t d) {
-    const Tensor dw = make({G * s.H, s.P}, p.compute());
-    if (s.batch_sizes && !before_.data) gather_states();
+  Tensor weight_hh(int64_t d) const {
+    const Tensor dw = device_.make({G * s.H, s.P}, dtype_);
     const int64_t shared = (G - R) * s.H, own = R * s.H;
     const Rows target = Rows::of_matrix(dw, s.P);
     add_recurrent(target, d, shared, Rows::of_group(between_.dgates, d, s.N, G * s.H));
     if (own > 0) add_recurrent(target.from(shared), d, own, Rows::of_group(between_.drecurrent, d, s.N, own));
-    return to_storage(dw, s.dtype, p.dtype);
+    return device_.to_storage(dw, p.dtype);
   }
 
   // db_ih [G * H] = sum over time of dx_t; db_hh that of dr_t
   Tensor bias(int64_t d, bool recurrent) const {
-    const Tensor db = make({G * s.H}, p.compute());
-    const int64_t own = recurrent ? R * s.H : 0;
-    sum_over_rows(between_.dgates, d, s.N, G * s.H, db, 0, 0, G * s.H - own, p.is_double());
-    if (own > 0) sum_over_rows(between_.drecurrent, d, s.N, own, db, G * s.H - own, 0, own, p.is_double());
-    return to_storage(db, s.dtype, p.dtype);
+    const Tensor db = device_.make({G * s.H}, dtype_);
+    const int64_t own = recurrent ? R * s.H : 0, shared = G * s.H - own;
+    const Rows sums = Rows::of_matrix(db, G * s.H);
+    device_.sum_over_rows(Rows::of_group(between_.dgates, d, s.N, G * s.H), s.N, shared, sums);
+    if (own > 0)
+      device_.sum_over_rows(Rows::of_group(between_.drecurrent, d, s.N, own), s.N, own, sums.from(0, shared));
+    return device_.to_storage(db, p.dtype);
   }
 
   // dW_hr [P, H] = sum over time of dh_t (o tanh c)_t^T
   Tensor weight_hr(int64_t d) const {
-    const Tensor dw = make({s.P, s.H}, p.compute());
-    outer_product(Rows::of_matrix(dw, s.H), s.P, s.H, Rows::of_group(between_.dprojected, d, s.N, s.P),
-                  Rows::of_group(between_.unprojected, d, s.N, s.H), s.N, false);
-    return to_storage(dw, s.dtype, p.dtype);
+    const Tensor dw = device_.make({s.P, s.H}, dtype_);
+    device_.outer_product(Rows::of_matrix(dw, s.H), s.P, s.H, Rows::of_group(between_.dprojected, d, s.N, s.P),
+                          Rows::of_group(between_.unprojected, d, s.N, s.H), s.N, false);
+    return device_.to_storage(dw, p.dtype);
   }
 
   // dinput [N, I] = sum over groups of dx W_ih
   Tensor input() const {
     Sizes sizes = p.leading;
     sizes.push_back(p.I);
-    const Tensor dinput = make(sizes, p.compute());
+    const Tensor dinput = device_.make(sizes, dtype_);
     for (int64_t d = 0; d < s.D; ++d)
-      row_product(Rows::of_matrix(dinput, p.I), s.N, p.I, Rows::of_group(between_.dgates, d, s.N, G * s.H),
-                  Rows::of_matrix(p.weights.ih[static_cast<size_t>(d)], p.I), G * s.H, d > 0);
-    return to_storage(dinput, s.dtype, p.dtype);
+      device_.row_product(Rows::of_matrix(dinput, p.I), s.N, p.I, Rows::of_group(between_.dgates, d, s.N, G * s.H),
+                          Rows::of_matrix(p.weights.ih[static_cast<size_t>(d)], p.I), G * s.H, d > 0);
+    return device_.to_storage(dinput, p.dtype);
   }
 
  private:
-  // Of packed data: the h that entered each row.
-  void gather_states() {
-    const size_t bytes = static_cast<size_t>(s.P * item_size(p.dtype));
-    char* target = before_scratch_.get(static_cast<size_t>(s.D * s.N) * bytes);
-    before_ = Array(target, p.dtype);
-    const char* h = static_cast<const char*>(output_.const_data_ptr());
-    const char* first = static_cast<const char*>(first_.const_data_ptr());
-    for (int64_t d = 0; d < s.D; ++d)
-      for (int64_t t = 0; t < s.T; ++t) {
-        const int64_t t_before = s.reversed(d) ? t + 1 : t - 1;
-        const int64_t kept = t_before >= 0 && t_before < s.T ? std::min(s.active(t_before), s.active(t)) : 0;
-        for (int64_t b = 0; b < s.active(t); ++b, target += bytes)
-          std::memcpy(target,
-                      b < kept ? h + static_cast<size_t>(s.row(t_before, b) * s.D + d) * bytes
-                               : first + static_cast<size_t>(d * s.B + b) * bytes,
-                      bytes);
-      }
-  }
-
   // target [rows, P] = sum over time of dr_t h_{t-1}^T
   void add_recurrent(const Rows& target, int64_t d, int64_t rows, const Rows& dr) const {
-    if (before_.data) return outer_product(target, rows, s.P, dr, Rows::of_group(before_, d, s.N, s.P), s.N, false);
+    if (between_.before.data) {
+      const Rows before = Rows::of_group(between_.before, d, s.N, s.P);
+      return device_.outer_product(target, rows, s.P, dr, before, s.N, false);
+    }
     const Rows h = Rows::of_output(output_, d, s.D, s.P);
     const int64_t rest = s.N - s.B;  // rows behind the first step, or before the last
     const bool reverse = s.reversed(d);
-    if (rest > 0) outer_product(target, rows, s.P, dr.from(reverse ? 0 : s.B), h.from(reverse ? s.B : 0), rest, false);
-    outer_product(target, rows, s.P, dr.from(reverse ? rest : 0), Rows::of_group(first_, d, s.B, s.P), s.B, rest > 0);
+    if (rest > 0)
+      device_.outer_product(target, rows, s.P, dr.from(reverse ? 0 : s.B), h.from(reverse ? s.B : 0), rest, false);
+    device_.outer_product(target, rows, s.P, dr.from(reverse ? rest : 0), Rows::of_group(first_, d, s.B, s.P), s.B,
+                          rest > 0);
   }
 
   const Problem& p;
   const ScanShape& s;
+  Device& device_;
+  const ScalarType dtype_;
   const int64_t G = p.cell.gates, R = p.cell.own;
   const Tensor input_, output_, first_;  // first_: h that enters the first step
   const BetweenPasses& between_;
-  PassScratch<6> before_scratch_;
-  Array before_;
 };
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
@@ -231,11 +213,12 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
                saved = as_contiguous(saved_);
   const OptionalTensor h0 = as_contiguous(h0_), c0 = as_contiguous(c0_), doutput = as_contiguous(doutput_),
                        dh_n = as_contiguous(dh_n_), dc_n = as_contiguous(dc_n_);
-  const Problem p(cell, input, list, h0, batch_sizes, groups, direction);
+  const std::unique_ptr<Device> device = device_of(input);
+  const Problem p(device->place(), cell, input, list, h0, batch_sizes, groups, direction);
   const ScanShape& s = p.shape;
   const int64_t A = p.cell.saved;
   const bool has_c = p.cell.has_c;
-  check(input, "the input", sizes_of(input), p.dtype);
+  check(input, "the input", sizes_of(input), p.dtype, device->place());
   STD_TORCH_CHECK(wanted.size() == list.size() + 3, "fastrnn: wanted must hold ", list.size() + 3, " flags, got ",
                   wanted.size());
   STD_TORCH_CHECK(has_c || (!c0 && !dc_n && !wanted[2]), "fastrnn: ", cell, " has no cell state");
@@ -243,32 +226,34 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
   ScanBackwardArgs a;
   static_cast<ScanShape&>(a) = s;
   const Sizes none = {0};
-  a.doutput = optional_array(doutput, "doutput", p.output(), p.dtype);
-  a.dh_n = optional_array(dh_n, "dh_n", p.state(s.P), p.dtype);
-  a.dc_n = optional_array(dc_n, "dc_n", p.state(s.H), p.dtype);
-  a.output = optional_array(output, "output", p.output(), p.dtype);
-  a.cells = optional_array(cells, "cells", has_c ? p.over_time(s.H) : none, p.compute());
-  a.saved = optional_array(saved, "saved", p.over_time(A * s.H), p.dtype);
+  a.doutput = optional_array(doutput, "doutput", p.output(), p.dtype, *device);
+  a.dh_n = optional_array(dh_n, "dh_n", p.state(s.P), p.dtype, *device);
+  a.dc_n = optional_array(dc_n, "dc_n", p.state(s.H), p.dtype, *device);
+  a.output = optional_array(output, "output", p.output(), p.dtype, *device);
+  a.cells = optional_array(cells, "cells", has_c ? p.over_time(s.H) : none, p.compute(), *device);
+  a.saved = optional_array(saved, "saved", p.over_time(A * s.H), p.dtype, *device);
   a.weight_hh = p.weights.hh_arrays.data();
   a.weight_hr = Weights::or_null(p.weights.hr_arrays);
-  a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype);
-  a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype);
+  a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype, *device);
+  a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype, *device);
 
-  const BetweenPasses between(p);
-  Tensor dh0 = make(wanted[1] ? p.state(s.P) : none, p.dtype), dc0 = make(wanted[2] ? p.state(s.H) : none, p.dtype);
+  const BetweenPasses between(p, *device);
+  Tensor dh0 = device->make(wanted[1] ? p.state(s.P) : none, p.dtype),
+         dc0 = device->make(wanted[2] ? p.state(s.H) : none, p.dtype);
   a.dgates = between.dgates.data, a.drecurrent = between.drecurrent.data;
   a.dprojected = between.dprojected.data, a.unprojected = between.unprojected.data;
+  a.before = between.before.data;
   a.dh0 = wanted[1] ? dh0.mutable_data_ptr() : nullptr;
   a.dc0 = wanted[2] ? dc0.mutable_data_ptr() : nullptr;
-  run(a);
+  device->run(a);
 
-  WeightGradients gradients(p, input, output, h0, between);
+  const WeightGradients gradients(p, *device, input, output, h0, between);
   std::vector<Tensor> dweights;
   for (size_t i = 0; i < list.size(); ++i) {
     const int64_t d = static_cast<int64_t>(i / p.weights.per_group);
     const size_t kind = i % p.weights.per_group;
     if (!wanted[i + 3])
-      dweights.push_back(make(none, p.dtype));
+      dweights.push_back(device->make(none, p.dtype));
     else if (kind == 0)
       dweights.push_back(gradients.weight_ih(d));
     else if (kind == 1)
@@ -278,7 +263,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
     else
       dweights.push_back(gradients.weight_hr(d));
   }
-  return {wanted[0] ? gradients.input() : make(none, p.dtype), dweights, dh0, dc0};
+  return {wanted[0] ? gradients.input() : device->make(none, p.dtype), dweights, dh0, dc0};
 }
 
 }  // namespace
@@ -289,7 +274,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
 // [G * H], with a projection weight_hr [P, H], for each group; output [T, B, D * P] or [N, D * P]; cells [D, N, H] and
 // saved [D, N, A * H] for backward. wanted: whether the gradient of the input, of h0, of c0 and of each weight is asked
 // for. Empty tensors [0] stand for what a cell does not have or what was not asked for.
-STABLE_TORCH_LIBRARY(fastrnn, m) {
+FASTRNN_DEFINE(FASTRNN_LIBRARY, m) {
   m.def(
       "layer(str cell, Tensor input, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int groups, "
       "int direction, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)");
@@ -300,7 +285,14 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "int[] wanted) -> (Tensor dinput, Tensor[] dweights, Tensor dh0, Tensor dc0)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
+FASTRNN_IMPLEMENT(FASTRNN_LIBRARY, CPU, m) {
   m.impl("layer", TORCH_BOX(&fastrnn::layer));
   m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
 }
+
+#if defined(FASTRNN_CUDA)
+FASTRNN_IMPLEMENT(FASTRNN_LIBRARY, CUDA, m) {
+  m.impl("layer", TORCH_BOX(&fastrnn::layer));
+  m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
+}
+#endif

@@ -36,12 +36,13 @@ struct Weights {
   bool has_bias() const { return per_group >= 4; }
   bool projected() const { return per_group % 2 == 1; }
 
-  void check_all(const ScanShape& s, int64_t G, int64_t I, ScalarType dtype) {
+  void check_all(const ScanShape& s, int64_t G, int64_t I, ScalarType dtype, const Place& place) {
     for (size_t d = 0; d < ih.size(); ++d) {
-      check(ih[d], "weight_ih", {G * s.H, I}, dtype);
-      check(hh[d], "weight_hh", {G * s.H, s.P}, dtype);
-      if (has_bias()) check(b_ih[d], "bias_ih", {G * s.H}, dtype), check(b_hh[d], "bias_hh", {G * s.H}, dtype);
-      if (projected()) check(hr[d], "weight_hr", {s.P, s.H}, dtype);
+      check(ih[d], "weight_ih", {G * s.H, I}, dtype, place);
+      check(hh[d], "weight_hh", {G * s.H, s.P}, dtype, place);
+      if (has_bias())
+        check(b_ih[d], "bias_ih", {G * s.H}, dtype, place), check(b_hh[d], "bias_hh", {G * s.H}, dtype, place);
+      if (projected()) check(hr[d], "weight_hr", {s.P, s.H}, dtype, place);
     }
     ih_arrays = arrays(ih), hh_arrays = arrays(hh), b_ih_arrays = arrays(b_ih), b_hh_arrays = arrays(b_hh),
     hr_arrays = arrays(hr);
@@ -67,8 +68,8 @@ struct Problem {
   std::vector<int64_t> offsets;
   Weights weights;
 
-  Problem(const std::string& cell_name, const Tensor& input, const std::vector<Tensor>& list, const OptionalTensor& h0,
-          const OptionalTensor& batch_sizes, int64_t groups, int64_t direction)
+  Problem(const Place& place, const std::string& cell_name, const Tensor& input, const std::vector<Tensor>& list,
+          const OptionalTensor& h0, const OptionalTensor& batch_sizes, int64_t groups, int64_t direction)
       : weights(list, groups) {
     shape.cell = cell_of(cell_name);
     cell = kCells[static_cast<int>(shape.cell)];
@@ -92,7 +93,7 @@ struct Problem {
     STD_TORCH_CHECK(!shape.projected || cell.has_c, "fastrnn: weight_hr needs an LSTM, got ", cell_name);
     STD_TORCH_CHECK(shape.projected || shape.P == shape.H, "fastrnn: weight_hh must have shape [G * H, H], got ",
                     text(sizes_of(weight_hh)));
-    weights.check_all(shape, cell.gates, I, dtype);
+    weights.check_all(shape, cell.gates, I, dtype, place);
     if (batch_sizes)
       take_batch_sizes(*batch_sizes, input.size(0), h0);
     else
@@ -136,7 +137,6 @@ struct Problem {
     return sizes;
   }
   ScalarType compute() const { return compute_dtype(dtype); }
-  bool is_double() const { return dtype == ScalarType::Double; }
 };
 
 }  // namespace fastrnn

@@ -24,6 +24,11 @@ PYBIND11_MODULE(_C, m) {
     info["flags"] = FASTRNN_BUILD_FLAGS;
     info["torch"] = FASTRNN_BUILD_TORCH;
     info["torch_target"] = "2.10";
+#if defined(FASTRNN_CUDA)
+    info["cuda"] = FASTRNN_CUDA;
+#else
+    info["cuda"] = "";
+#endif
     info["sanitized"] =
 #if defined(__SANITIZE_ADDRESS__)
         true;

@@ -8,7 +8,7 @@
 // Row (t, b) of the data is row offsets[t] + b. Rows b < active(t) take part in step t; batch sizes never increase,
 // so a row is active from t = 0 until its sequence ends. batch_sizes and offsets lie in host memory. Arrays are
 // contiguous, row-major, owned by the caller and do not overlap. Types: `Storage` is the dtype of the tensors,
-// `Compute` is float, or double for double.
+// `Compute` is float, or double for double; `Between` is Compute on the CPU and Storage on a GPU.
 #pragma once
 
 #include <cstdint>
@@ -75,10 +75,11 @@ struct ScanBackwardArgs : ScanShape {
   const void* const* weight_hr;  // [D] Storage [P, H], projected only
   const void* h0;                // Storage [D, B, P], or null: 0
   const void* c0;                // Storage [D, B, H], or null: 0
-  void* dgates;                  // Compute [D, N, G, H] gradient of the input products
-  void* drecurrent;              // Compute [D, N, R, H] gradient of the recurrent products of the last R gates
-  void* dprojected;              // Compute [D, N, P] whole gradient of h after each step, projected only
-  void* unprojected;             // Compute [D, N, H] o tanh(c) of each step, projected only
+  void* dgates;                  // Between [D, N, G, H] gradient of the input products
+  void* drecurrent;              // Between [D, N, R, H] gradient of the recurrent products of the last R gates
+  void* dprojected;              // Between [D, N, P] whole gradient of h after each step, projected only
+  void* unprojected;             // Between [D, N, H] o tanh(c) of each step, projected only
+  void* before;                  // Storage [D, N, P] h that entered each step, packed only, or null: not wanted
   void* dh0;                     // Storage [D, B, P], or null: not wanted
   void* dc0;                     // Storage [D, B, H], or null: not wanted
 };

@@ -50,14 +50,30 @@ inline std::atomic<bool>& poison() {
   return on;
 }
 
+// Where a tensor lies.
+struct Place {
+  DeviceType type = DeviceType::CPU;
+  int32_t index = 0;
+
+  bool is_cpu() const { return type == DeviceType::CPU; }
+  bool holds(const Tensor& t) const {
+    const torch::stable::Device device = t.device();
+    return device.type() == type && (is_cpu() || device.index() == index);
+  }
+};
+
+inline std::string text(const Place& place) {
+  return place.is_cpu() ? "the CPU" : "cuda:" + std::to_string(place.index);
+}
+
 // Before the first use of new memory.
 inline void prepare_memory(void* data, size_t bytes) {
   if (bytes >= kHugePage) advise_huge_pages(data, bytes);
   if (poison() && bytes > 0) std::memset(data, 0xFF, bytes);
 }
 
-// A new contiguous tensor on the CPU.
-inline Tensor make(const Sizes& sizes, ScalarType dtype) {
+// A new contiguous tensor.
+inline Tensor make(const Sizes& sizes, ScalarType dtype, const Place& place = {}) {
   Sizes strides(sizes.size());
   int64_t numel = 1;
   for (size_t i = sizes.size(); i-- > 0;) strides[i] = numel, numel *= sizes[i];
@@ -66,13 +82,13 @@ inline Tensor make(const Sizes& sizes, ScalarType dtype) {
                        : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                        : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
                                                        : aoti_torch_dtype_uint8();
+  const int32_t device = place.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+                                                         strides.data(), type, device, place.index, &handle));
   Tensor t(handle);
   const size_t bytes = static_cast<size_t>(dtype == ScalarType::Byte ? numel : numel * item_size(dtype));
-  prepare_memory(t.mutable_data_ptr(), bytes);
+  if (place.is_cpu()) prepare_memory(t.mutable_data_ptr(), bytes);
   return t;
 }
 
@@ -109,9 +125,9 @@ inline void check_storage(const Tensor& t, const char* name) {
                   " bytes, fewer than its ", t.numel(), " elements");
 }
 
-// A tensor of these sizes and dtype on the CPU, contiguous.
-inline void check(const Tensor& t, const char* name, const Sizes& sizes, ScalarType dtype) {
-  STD_TORCH_CHECK(t.device().type() == DeviceType::CPU, "fastrnn: ", name, " must be on the CPU");
+// A tensor of these sizes and dtype in this place, contiguous.
+inline void check(const Tensor& t, const char* name, const Sizes& sizes, ScalarType dtype, const Place& place = {}) {
+  STD_TORCH_CHECK(place.holds(t), "fastrnn: ", name, " must be on ", text(place));
   STD_TORCH_CHECK(t.scalar_type() == dtype, "fastrnn: ", name,
                   " must have the dtype of the input (cells: its compute dtype)");
   bool same = t.dim() == static_cast<int64_t>(sizes.size());

@@ -2,7 +2,8 @@
 
 Backends: ``native``, the C++ kernels behind ``torch.ops.fastrnn``; ``reference``, the same
 functions in plain PyTorch; and ``auto``, the default: ``native`` for CPU tensors where the
-extension is installed, ``reference`` elsewhere, which is said once by a warning.
+extension is installed, and for CUDA tensors where it was built with CUDA, ``reference`` elsewhere,
+which is said once by a warning.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ def _why_not_built() -> str:
 
 
 native_error: str | None = _load()
+
+# Whether the extension was built with CUDA kernels, whatever torch it runs on.
+has_cuda: bool = native_error is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "fastrnn::layer", "CUDA"
+)
 
 _NAMES = ("auto", "native", "reference")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -120,8 +126,9 @@ def why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
     assert data is not None
     if native_error is not None:
         return native_error
-    if not (data.is_cpu or data.is_meta):
-        return f"there are no native kernels for device {data.device.type!r}"
+    if not (data.is_cpu or data.is_meta or (data.is_cuda and has_cuda)):
+        why = " in this build: nvcc was not found" if data.is_cuda else ""
+        return f"there are no native kernels for device {data.device.type!r}{why}"
     if data.dtype not in _DTYPES:
         return f"there are no native kernels for {data.dtype}"
     if torch._C._are_functorch_transforms_active() or any(

@@ -56,7 +56,7 @@ for warning in caught:
 def environment(**settings: str) -> dict[str, str]:
     """The environment variables of a build: this process's, less what would change the build."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
-    return {**kept, "CXXFLAGS": "-O0", "MAX_JOBS": "2", **settings}
+    return {**kept, "CXXFLAGS": "-O0", "MAX_JOBS": "2", "FASTRNN_CUDA": "0", **settings}
 
 
 def run(*command: object, cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -318,3 +318,22 @@ def test_an_unknown_build_mode_is_refused(source, tmp_path):
     done = build_wheel(source, tmp_path / "wheels", FASTRNN_BUILD="yes")
     assert done.returncode != 0
     assert "FASTRNN_BUILD must be auto, 1 or 0, and is 'yes'" in done.stdout
+
+
+NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+WRONG_ARCHITECTURE = {"FASTRNN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "Hopper"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"FASTRNN_CUDA": "yes"}, "FASTRNN_CUDA must be auto, 1 or 0, and is 'yes'"),
+        pytest.param(WRONG_ARCHITECTURE, "expected numbers as in 8.0;9.0", marks=NEEDS_NVCC),
+    ],
+)
+def test_wrong_cuda_options_are_refused(
+    source: Path, settings: dict[str, str], message: str
+) -> None:
+    done = run(sys.executable, "setup.py", "build_ext", cwd=source, **settings)
+    assert done.returncode != 0
+    assert message in done.stdout

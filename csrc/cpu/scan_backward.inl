@@ -168,6 +168,8 @@ struct Backward {
 
   // The whole gradient of the projected h: from the next step (or h_n, for a row that enters) and from the output.
   void projected_run(int64_t t, int64_t b0, int64_t rows, int64_t begin, int64_t end, bool multiplied) {
+    const int64_t first = s.hh.first_vector(begin) * kLanes, last = first + s.hh.vectors_in(begin, end) * kLanes;
+    for (int64_t i = 0; a.before && i < rows; ++i) keep_before(t, b0 + i, first, last);
     for_vectors(s.hh, begin, end, rows, [&](int64_t i, int64_t j, int n, V product) {
       const int64_t b = b0 + i, row = a.row(t, b);
       V dp = multiplied ? product : load(dp_row(b) + j, n);
@@ -175,6 +177,17 @@ struct Backward {
       store(dp_row(b) + j, dp, kLanes);
       store(at<S>(a.dprojected, (d * a.N + row) * a.P + j), dp, n);
     });
+  }
+
+  // The h that entered a step, units [first, last), to where the gradient of weight_hh finds it beside dr.
+  void keep_before(int64_t t, int64_t b, int64_t first, int64_t last) {
+    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1;
+    const bool is_first = t_before < 0 || t_before >= a.T || b >= a.active(t_before);
+    const T* source =
+        is_first ? at<T>(a.h0, (d * a.B + b) * a.P) : at<T>(a.output, (a.row(t_before, b) * a.D + d) * a.P);
+    Part part(std::min(last, a.P));
+    part.first = first;
+    copy_row(source, part, at<T>(a.before, (d * a.N + a.row(t, b)) * a.P));
   }
 
   // What the cell reads and writes of a row, units [first, last): short pieces that no prefetcher foresees.
@@ -197,6 +210,7 @@ struct Backward {
     const int64_t row_sums = shape.columns(begin, end) * kLanes;
     for (int64_t i = 0; i < rows; ++i) {
       if (i + kRowsAhead < rows) prefetch_row(t, b0 + i + kRowsAhead, first * kLanes, (first + vectors) * kLanes);
+      if (a.before && !a.projected) keep_before(t, b0 + i, first * kLanes, (first + vectors) * kLanes);
       const S* products = sums.data + i * row_sums;
       int64_t u = 0;
       for (; u + 1 < vectors && (first + u + 2) * kLanes <= a.H; u += 2)

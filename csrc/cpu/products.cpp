@@ -2,11 +2,11 @@
 
 #include <algorithm>
 
-#include "cpu/kernels.h"
-#include "cpu/scan_cpu.h"
-#include "scratch.h"
+#include "../scratch.h"
+#include "kernels.h"
+#include "scan_cpu.h"
 
-namespace fastrnn {
+namespace fastrnn::cpu {
 namespace {
 
 // Elements, and multiply-adds, below which a second thread costs more than it brings.
@@ -26,10 +26,12 @@ void in_parallel(int64_t count, int64_t grain, const F& f) {
 }
 
 bool is_16_bit(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kHalf; }
+bool is_double(const Rows& rows) { return rows.array.dtype == ScalarType::Double; }
 
 }  // namespace
 
-Tensor to_storage(const Tensor& t, Dtype dtype, ScalarType storage) {
+Tensor to_storage(const Tensor& t, ScalarType storage) {
+  const Dtype dtype = dtype_of(storage);
   if (!is_16_bit(dtype)) return t;
   const Tensor result = make(sizes_of(t), storage);
   const float* source = static_cast<const float*>(t.const_data_ptr());
@@ -73,29 +75,22 @@ void multiply(ProductArgs p, int64_t most) {
 void outer_product(const Rows& result, int64_t target_rows, int64_t K, const Rows& a, const Rows& b, int64_t rows,
                    bool add) {
   if (rows == 0 && add) return;
-  const bool is_double = a.array.dtype == ScalarType::Double;
-  multiply({is_double, a.data(), 1, a.row_stride, dtype_of(b.array.dtype), b.data(), b.row_stride, result.data(),
+  multiply({is_double(a), a.data(), 1, a.row_stride, dtype_of(b.array.dtype), b.data(), b.row_stride, result.data(),
             result.row_stride, target_rows, K, rows, add},
            kSumBlock);
 }
 
 void row_product(const Rows& result, int64_t rows, int64_t columns, const Rows& a, const Rows& b, int64_t K, bool add) {
-  const bool is_double = a.array.dtype == ScalarType::Double;
-  multiply({is_double, a.data(), a.row_stride, 1, dtype_of(b.array.dtype), b.data(), b.row_stride, result.data(),
+  multiply({is_double(a), a.data(), a.row_stride, 1, dtype_of(b.array.dtype), b.data(), b.row_stride, result.data(),
             result.row_stride, rows, columns, K, add},
            kRowBlock);
 }
 
-void sum_over_rows(const Array& array, int64_t d, int64_t N, int64_t columns, const Array& sums, int64_t first,
-                   int64_t source_column, int64_t count, bool is_double) {
-  const size_t size = is_double ? 8 : 4;
-  const char* source =
-      static_cast<const char*>(array.data) + static_cast<size_t>(d * N * columns + source_column) * size;
-  char* target = static_cast<char*>(sums.data) + static_cast<size_t>(first) * size;
-  const int64_t grain = std::max<int64_t>(64, 4 * kMinElementsPerThread / std::max<int64_t>(N, 1));
-  in_parallel(count, grain, [&](int64_t begin, int64_t end) {
-    cpu_kernels().sum_rows(is_double, source, target, N, columns, begin, end);
+void sum_over_rows(const Rows& array, int64_t rows, int64_t columns, const Rows& sums) {
+  const int64_t grain = std::max<int64_t>(64, 4 * kMinElementsPerThread / std::max<int64_t>(rows, 1));
+  in_parallel(columns, grain, [&](int64_t begin, int64_t end) {
+    cpu_kernels().sum_rows(is_double(array), array.data(), sums.data(), rows, array.row_stride, begin, end);
   });
 }
 
-}  // namespace fastrnn
+}  // namespace fastrnn::cpu

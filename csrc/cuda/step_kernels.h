@@ -1,0 +1,121 @@
+// The kernels of a pass that takes one matrix product and one of these per time step, as csrc/cuda/scan_step.cpp calls
+// them. Pointers are device memory, arrays contiguous; dimension key and the meaning of the types: csrc/scan.h.
+#pragma once
+
+#include "../scan.h"
+
+namespace fastrnn::cuda {
+
+using Queue = void*;
+
+// What differs between the groups that run forward (0) and in reverse (1) in one step.
+struct StepRows {
+  int64_t row;    // first data row of the step
+  int64_t count;  // rows that take part in it
+  int64_t
+      count_next;  // rows that take part in the next step of the pass (forward), or took part in the last (backward)
+  int64_t row_before, count_before;  // of the time step before this one (backward): its first row, rows that have one
+  int64_t gates_row;                 // first row of the step in the input products (forward)
+};
+
+struct StepShape {
+  CellId cell;
+  Dtype dtype;
+  bool projected;
+  int64_t N, D, B, H, P;
+  Direction direction;
+
+  FASTRNN_FN int reversed(int64_t d) const {
+    return direction == Direction::kReverse || (direction == Direction::kBoth && 2 * d >= D) ? 1 : 0;
+  }
+};
+
+// The states before the first step: panels h [D, B, P] and c [D, B, H] from h0 and c0, or zeros.
+struct EnterArgs : StepShape {
+  const void *h0, *c0;  // Storage [D, B, P], [D, B, H], or null
+  void* h;              // Storage [D, B, P]
+  void* c;              // Compute [D, B, H], or null
+};
+
+// Of one group: bias [G + R, H]: b_ih, in all but the last R gates with b_hh; then b_hh of the last R gates.
+struct BiasArgs : StepShape {
+  const void *bias_ih, *bias_hh;  // Storage [G, H]
+  void* bias;                     // Compute [G + R, H]
+};
+
+// A step of the cell: x + bias and r to the states after it.
+struct ForwardArgs : StepShape {
+  StepRows rows[2];
+  const void* gates;    // Compute [D, gates_rows, G, H] input products
+  int64_t gates_rows;   // of a group
+  const void* product;  // Compute [D, product_rows, G, H] recurrent products
+  int64_t product_rows;
+  const void* bias;  // Compute [D, G + R, H], or null
+  void* h;           // Storage [D, B, P] panel
+  void* c;           // Compute [D, B, H] panel, cells with c only
+  void* m;           // Compute [D, product_rows, H] o tanh(c), projected only
+  void *output, *h_n, *c_n, *cells, *saved;
+};
+
+// The projected h of a step, Compute [D, product_rows, P], to where it belongs.
+struct ProjectArgs : StepShape {
+  StepRows rows[2];
+  const void* product;
+  int64_t product_rows;
+  void *h, *output, *h_n;
+};
+
+// A backward step of the cell. Rows beyond `count` have run their first step: gradients of their initial states.
+struct BackwardArgs : StepShape {
+  StepRows rows[2];
+  const void*
+      product;  // Compute [D, product_rows, P] gradient of h from the step run before; projected: [.., H] of the
+  int64_t product_rows;  // unprojected h, of all rows of the step
+  const void *doutput, *dh_n, *dc_n, *output, *cells, *saved, *h0, *c0;
+  void* dr;  // Storage [D, B, G, H] panel: gradient of the recurrent pre-activations
+  void* dh;  // Compute [D, B, H] panel: the part of the gradient of h that does not pass through the product
+  void* dc;  // Compute [D, B, H] panel
+  void *dgates, *drecurrent, *unprojected, *before, *dh0, *dc0;
+};
+
+// The whole gradient of a step's projected h, and of h0 of the rows beyond `count`.
+struct BackwardProjectArgs : StepShape {
+  StepRows rows[2];
+  const void* product;  // Compute [D, product_rows, P]
+  int64_t product_rows;
+  const void *doutput, *dh_n, *output, *h0;
+  void* dp;  // Compute [D, dp_rows, P]
+  int64_t dp_rows;
+  void *dprojected, *before, *dh0;
+};
+
+// sum[i] += term[i], count elements of Compute.
+struct AddArgs {
+  Dtype dtype;
+  const void* term;
+  void* sum;
+  int64_t count, columns, sum_stride;
+};
+
+// Compute -> Storage.
+struct NarrowArgs {
+  Dtype dtype;
+  const void* source;
+  void* target;
+  int64_t count;
+};
+
+struct StepKernels {
+  void (*enter)(const EnterArgs&, Queue);
+  void (*bias)(const BiasArgs&, Queue);
+  void (*forward)(const ForwardArgs&, Queue);
+  void (*project)(const ProjectArgs&, Queue);
+  void (*backward)(const BackwardArgs&, Queue);
+  void (*backward_project)(const BackwardProjectArgs&, Queue);
+  void (*add)(const AddArgs&, Queue);
+  void (*narrow)(const NarrowArgs&, Queue);
+};
+
+const StepKernels& step_kernels();
+
+}  // namespace fastrnn::cuda

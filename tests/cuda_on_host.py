@@ -1,0 +1,91 @@
+"""Builds the operators on kernels of csrc/cuda that run on the host, and loads them: as
+torch.ops.fastrnn_cuda_on_host."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import shlex
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastrnn
+from fastrnn import _ops, stream
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [
+    "csrc/ops.cpp", "csrc/cuda/device.cpp", "csrc/cuda/scan_step.cpp", "tests/cpp/cuda_on_host.cpp",
+]  # fmt: skip
+
+
+def why_not() -> str | None:
+    """Why it cannot be built here."""
+    if _ops.native_error is not None:
+        return _ops.native_error
+    return None if (ROOT / "csrc").is_dir() else "there are no C++ sources beside the tests"
+
+
+def _flags() -> list[str]:
+    """Those of the extension, but for the optimisation."""
+    info = importlib.import_module("fastrnn._C").build_info()
+    sanitizers = [flag for flag in shlex.split(info["flags"]) if flag.startswith("-fsanitize")]
+    include = Path(torch.__file__).parent / "include"
+    return [
+        "g++", "-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall",
+        "-Wextra", *sanitizers, f"-I{ROOT / 'csrc'}", "-isystem", str(include),
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFASTRNN_LIBRARY=fastrnn_cuda_on_host",
+        "-DFASTRNN_CHUNK_BYTES=2000",  # so that a pass has several chunks
+    ]  # fmt: skip
+
+
+@functools.cache
+def load() -> Any:
+    """The operators, compiled where a source has changed."""
+    flags = _flags()
+    headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl"))
+    text = repr(flags).encode() + b"".join(path.read_bytes() for path in headers)
+    folder = ROOT / "build" / "cuda_on_host"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: str) -> str:
+        digest = hashlib.sha256(text + (ROOT / source).read_bytes()).hexdigest()[:16]
+        target = folder / f"{Path(source).stem}-{digest}.o"
+        if not target.exists():
+            unfinished = target.with_suffix(".part")
+            subprocess.run([*flags, "-c", str(ROOT / source), "-o", str(unfinished)], check=True)
+            unfinished.rename(target)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, reversed(SOURCES)))
+    digest = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
+    library = folder / f"fastrnn_cuda_on_host-{digest}.so"
+    if not library.exists():
+        unfinished = library.with_suffix(".part")
+        torch_lib = Path(torch.__file__).parent / "lib"
+        link = [*flags, "-shared", *objects, f"-L{torch_lib}", "-ltorch_cpu", "-o", str(unfinished)]
+        subprocess.run(link, check=True)
+        unfinished.rename(library)
+    torch.ops.load_library(str(library))
+    return torch.ops.fastrnn_cuda_on_host
+
+
+@contextlib.contextmanager
+def on_host_kernels() -> Iterator[None]:
+    """Layers run on them inside the block."""
+    operators = load()
+    before = _ops.layer, _ops.layer_backward, stream.run
+    _ops.layer, _ops.layer_backward = operators.layer.default, operators.layer_backward.default
+    stream.run = lambda *_: None  # it is for the CPU
+    try:
+        with fastrnn.use_backend("native"):
+            yield
+    finally:
+        _ops.layer, _ops.layer_backward, stream.run = before

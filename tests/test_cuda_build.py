@@ -1,0 +1,116 @@
+"""The kernels of csrc/cuda as nvcc compiles them, on a machine that may have no GPU: what ptxas
+says of each, and what it must not say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastrnn import _ops
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+ARCHITECTURES = ("sm_80", "sm_90a")
+MOST_REGISTERS = 80  # of a thread: three blocks of 256 on a multiprocessor
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
+    pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="there are no sources here"),
+]
+
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for '(?P<architecture>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<spilled>\d+) bytes spill stores.*?"
+    r"Used (?P<registers>\d+) registers(?P<more>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def report(source: Path, architecture: str, target: Path) -> dict[str, dict[str, int]]:
+    """What ptxas says of every kernel of a file; written to build/ptxas-<architecture>.json."""
+    command = [
+        str(NVCC), "-c", "-std=c++17", "-O3", "-fmad=false", f"-arch={architecture}",
+        "-Xptxas", "-v", "-Werror", "all-warnings", f"-I{source.parent.parent}", str(source),
+        "-o", str(target),
+    ]  # fmt: skip
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    kernels = {}
+    for found in ENTRY.finditer(run.stdout + run.stderr):
+        shared = re.search(r"(\d+) bytes smem", found["more"])
+        kernels[found["name"]] = {
+            "registers": int(found["registers"]),
+            "spilled": int(found["spilled"]),
+            "stack": int(found["stack"]),
+            "shared": int(shared[1]) if shared else 0,
+        }
+    return kernels
+
+
+def wrong(kernels: dict[str, dict[str, int]]) -> list[str]:
+    """The kernels that use memory where registers were meant, or too many registers."""
+    return [
+        f"{name}: {facts}"
+        for name, facts in kernels.items()
+        if facts["spilled"] + facts["stack"] + facts["shared"] > 0
+        or facts["registers"] > MOST_REGISTERS
+    ]
+
+
+def test_kernels(tmp_path: Path) -> None:
+    source = ROOT / "csrc/cuda/step_kernels.cu"
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(
+            lambda name: report(source, name, tmp_path / f"{name}.o"), ARCHITECTURES
+        )
+        reports = dict(zip(ARCHITECTURES, found, strict=True))
+    for architecture, kernels in reports.items():
+        folder = ROOT / "build"
+        folder.mkdir(exist_ok=True)
+        (folder / f"ptxas-{architecture}.json").write_text(json.dumps(kernels, indent=1))
+        # Forward and backward of 4 cells, 4 dtypes, 2 widths; and what goes with them.
+        assert sum("Forward" in name for name in kernels) == 32
+        assert sum("Backward" in name and "Project" not in name for name in kernels) == 32
+        assert not wrong(kernels)
+
+
+SPILLING = """
+#include "cuda/gpu_launch.h"
+namespace fastrnn::cuda {
+struct Spills {
+  float* data;
+  FASTRNN_FN void operator()(Thread thread) const {
+    float part[64];
+    for (int i = 0; i < 64; ++i) part[i] = data[thread.item + i * 64];
+    for (int i = 0; i < 64; ++i) data[thread.item + i] = part[static_cast<int>(part[i]) % 64];
+  }
+};
+void spills(float* data) { launch(Spills{data}, 64, 1, nullptr); }
+}  // namespace fastrnn::cuda
+"""
+
+
+def test_a_kernel_in_local_memory_is_seen(tmp_path: Path) -> None:
+    source = tmp_path / "cuda" / "spills.cu"
+    source.parent.mkdir()
+    source.write_text(SPILLING.replace('"cuda/gpu_launch.h"', f'"{ROOT}/csrc/cuda/gpu_launch.h"'))
+    kernels = report(source, "sm_80", tmp_path / "spills.o")
+    assert len(wrong(kernels)) == len(kernels) == 1
+
+
+@pytest.mark.skipif(_ops.native_error is not None, reason=str(_ops.native_error))
+def test_the_extension_has_the_operators_of_a_gpu() -> None:
+    """Where it was built with CUDA, on whatever torch it was loaded."""
+    info: dict[str, Any] = importlib.import_module("fastrnn._C").build_info()
+    for name in ("layer", "layer_backward"):
+        has = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrnn::{name}", "CUDA")
+        assert has == bool(info["cuda"])

@@ -1,0 +1,111 @@
+"""The pass of a GPU on a machine without one: the kernels of csrc/cuda run on the host, thread by
+thread, through the same operators, by the rule. What is left to a GPU is nvcc's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cuda_on_host
+import fastrnn
+from cases import CASES, CELLS, DTYPES, Case
+from compare import check, check_identical, run_cell
+from test_modules import expected
+
+pytestmark = [
+    pytest.mark.skipif(cuda_on_host.why_not() is not None, reason=str(cuda_on_host.why_not())),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _on_host_kernels() -> Iterator[None]:
+    with cuda_on_host.on_host_kernels():
+        yield
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])  # float16: LONG
+@pytest.mark.parametrize("cell", CELLS)
+def test_layer(cell: str, dtype: str, case: Case) -> None:
+    if not case.supports(cell):
+        return
+    problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype])
+    check(problem.run(fastrnn), torch_same, ref64)
+
+
+# Several chunks of input products in either direction, and rows that enter and leave at all steps.
+LONG = [
+    Case("long", "several chunks", T=23, B=5, H=12, bidirectional=True, layers=2),
+    Case("long-packed", "rows come and go", bidirectional=True, H=8, layers=2,
+         lengths=(1, 3, 23, 22, 9, 9, 2)),
+    Case("odd", "units one by one", T=9, B=4, I=3, H=5, bidirectional=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_long(cell: str, dtype: str, case: Case) -> None:
+    problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype])
+    first = problem.run(fastrnn)
+    check(first, torch_same, ref64)
+    check_identical(problem.run(fastrnn), first)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("direction", [0, 1])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_groups_and_directions(cell: str, direction: int, groups: int) -> None:
+    """What modules do not ask of the operators: one reversed direction, three groups."""
+    gates = {"rnn_tanh": 1, "lstm": 4, "gru": 3}[cell]
+    T, B, I, H = 4, 3, 5, 6  # noqa: E741
+    weights = [
+        torch.randn(*shape, dtype=torch.float64)
+        for _ in range(groups)
+        for shape in ((gates * H, I), (gates * H, H), (gates * H,), (gates * H,))
+    ]
+    x, h0 = torch.randn(T, B, I).double(), torch.randn(groups, B, H).double()
+    c0 = torch.randn_like(h0) if cell == "lstm" else None
+    results = []
+    for library in (torch.ops.fastrnn, cuda_on_host.load()):
+        forward = library.layer(cell, x, weights, h0, c0, None, groups, direction, True)
+        output, h_n, c_n, cells, saved = forward
+        wanted = [1, 1, int(c0 is not None), *[1] * len(weights)]
+        dc_n = torch.ones_like(c_n) if c0 is not None else None
+        dx, dw, dh0, dc0 = library.layer_backward(
+            cell, torch.ones_like(output), torch.ones_like(h_n), dc_n, x, output, cells, saved,
+            weights, h0, c0, None, groups, direction, wanted,
+        )  # fmt: skip
+        results.append([*forward, dx, *dw, dh0, dc0])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cells(name: str, dtype: str) -> None:
+    theirs = getattr(nn, name)(5, 8)
+    state: Any = torch.randn(3, 8)
+    state = (state, torch.randn(3, 8)) if name == "LSTMCell" else state
+    x, cotangents = torch.randn(3, 5), {"h": torch.randn(3, 8), "c": torch.randn(3, 8)}
+    cotangents = cotangents if name == "LSTMCell" else {"h": cotangents["h"]}
+
+    def run(library: Any, kind: torch.dtype) -> dict[str, torch.Tensor]:
+        cell = getattr(library, name)(5, 8)
+        cell.load_state_dict(theirs.state_dict())
+        rounded = tuple(s.to(DTYPES[dtype]).to(kind).requires_grad_() for s in (x, *states(state)))
+        hx = rounded[1:] if name == "LSTMCell" else rounded[1]
+        low = cell.to(DTYPES[dtype]).to(kind)
+        return run_cell(low, rounded[0], hx, {k: v.to(kind) for k, v in cotangents.items()})
+
+    low = DTYPES[dtype]
+    check(run(fastrnn, low), run(nn, low), run(nn, torch.float64))
+
+
+def states(state: Any) -> tuple[torch.Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)
