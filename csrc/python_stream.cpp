@@ -82,26 +82,27 @@ class DirectCall {
     if (aoti_torch_grad_mode_is_enabled() || !tensors_.is_tensor(input) || !plain_.holds() || !is_current(attributes) ||
         drops_out(attributes))
       return py::none();
-    py::handle h = state, c = none_, h_n = out, c_n = none_;
+    Borrowed borrowed;
+    py::object h = borrow(state), c = none_, h_n = borrow(out), c_n = none_;
     if (has_c_ && !(take_pair(state, h, c) && take_pair(out, h_n, c_n))) return py::none();
-    std::vector<py::object> kept;  // the weights, and copies: another thread may drop them meanwhile
-    std::vector<TensorView> weights;
-    TensorView x, h0, c0, h_out, c_out;
-    if (!find_weights(attributes, weights, kept) || !find(input, x, &kept) || !find(h, h0, &kept) ||
-        !find(c, c0, &kept) || !find(h_n, h_out, nullptr) || !find(c_n, c_out, nullptr))
+    Operands of;
+    TensorView h_out, c_out;
+    if (!find_weights(attributes, borrowed) || !find_input(input, of.x, borrowed)) return py::none();
+    const Shape h_shape = state_shape(of.x.shape, kind_.P), c_shape = state_shape(of.x.shape, kind_.H);
+    if (!find_state(h, h_shape, of.h, borrowed) || !find_state(c, c_shape, of.c, borrowed) || !find_out(h_n, h_out) ||
+        !find_out(c_n, c_out))
       return py::none();
     StepCall steps;
-    if (!steps.take(kind_, weights, x, h0, c0)) return py::none();
-    py::object new_state;
+    if (!steps.take(kind_, borrowed.weights, of.x, of.h, of.c)) return py::none();
+    py::object new_state = borrow(out);
     if (!out.is_none()) {
       if (!steps.may_write(h_out, c_out)) return py::none();
-      new_state = py::reinterpret_borrow<py::object>(out);
     } else {
-      new_state = tensors_.make(steps.h_shape(), steps.dtype(), h_out);
-      if (has_c_) new_state = pair(new_state, tensors_.make(steps.c_shape(), steps.dtype(), c_out));
+      new_state = make(h, of.h, input, h_shape, steps.dtype(), h_out);
+      if (has_c_) new_state = pair(new_state, make(c, of.c, input, c_shape, steps.dtype(), c_out));
     }
     TensorView y;
-    const py::object output = tensors_.make(steps.output_shape(), steps.dtype(), y);
+    const py::object output = make(input, of.x, input, steps.output_shape(), steps.dtype(), y);
     {
       const py::gil_scoped_release release;
       steps.run(y, h_out, c_out);
@@ -110,14 +111,54 @@ class DirectCall {
   }
 
  private:
-  // What an argument holds; nothing for None. A copy is kept in `kept`, where one may be made.
-  bool find(const py::handle& object, TensorView& found, std::vector<py::object>* kept) const {
-    if (object.is_none()) return true;
-    if (!kept) return tensors_.find(object, found);
-    py::object copy;
-    if (!tensors_.find_or_copy(object, found, copy)) return false;
-    if (copy) kept->push_back(std::move(copy));
-    return true;
+  using Layout = PythonTensors::Layout;
+
+  // What a call reads, and references to it: another thread may drop it meanwhile.
+  struct Borrowed {
+    std::vector<TensorView> weights;
+    std::vector<py::object> kept;
+  };
+  struct Operands {
+    TensorView x, h, c;
+  };
+
+  static py::object borrow(const py::handle& object) { return py::reinterpret_borrow<py::object>(object); }
+
+  // [L, B, width], or [L, width] beside input [I].
+  Shape state_shape(const Shape& input, int64_t width) const {
+    if (input.dim == 1) return {2, {kind_.L, width}};
+    return {3, {kind_.L, input.sizes[input.dim - 2], width}};
+  }
+
+  bool find_input(const py::handle& input, TensorView& found, Borrowed& borrowed) const {
+    const Layout layout = tensors_.find(input, found);
+    if (layout != Layout::kStrided || found.shape.sizes[found.shape.dim - 1] != kind_.I)
+      return layout == Layout::kContiguous;
+    return find_copy(input, found, borrowed);
+  }
+
+  // Nothing for None.
+  bool find_state(const py::object& state, const Shape& shape, TensorView& found, Borrowed& borrowed) const {
+    if (state.is_none()) return true;
+    const Layout layout = tensors_.find(state, found);
+    if (layout != Layout::kStrided || !(found.shape == shape)) return layout == Layout::kContiguous;
+    return find_copy(state, found, borrowed);
+  }
+
+  bool find_copy(const py::handle& object, TensorView& found, Borrowed& borrowed) const {
+    borrowed.kept.push_back(tensors_.contiguous(object));
+    return tensors_.find(borrowed.kept.back(), found) == Layout::kContiguous;
+  }
+
+  bool find_out(const py::object& out, TensorView& found) const {
+    return out.is_none() || tensors_.find(out, found) == Layout::kContiguous;
+  }
+
+  // A new tensor: like one of this shape and dtype, if that is one.
+  py::object make(const py::handle& like, const TensorView& view, const py::handle& input, const Shape& shape,
+                  ScalarType dtype, TensorView& made) const {
+    if (view.data && view.shape == shape && view.dtype == dtype) return tensors_.make_like(like, view, made);
+    return tensors_.make(input, shape, dtype, made);
   }
 
   // Whether the module's attributes are what they were.
@@ -128,17 +169,21 @@ class DirectCall {
   }
 
   // The module's weights as they are now; false where one is not there or not simply right.
-  bool find_weights(const py::dict& attributes, std::vector<TensorView>& weights, std::vector<py::object>& kept) const {
-    const py::handle parameters = PlainCalls::item(attributes, parameters_name_);
-    const py::handle buffers = PlainCalls::item(attributes, buffers_name_);
-    if (!parameters || !buffers || !PyDict_Check(parameters.ptr()) || !PyDict_Check(buffers.ptr())) return false;
-    weights.resize(names_.size());
-    kept.reserve(names_.size() + 3);
+  bool find_weights(const py::dict& attributes, Borrowed& borrowed) const {
+    const py::handle found_parameters = PlainCalls::item(attributes, parameters_name_);
+    const py::handle found_buffers = PlainCalls::item(attributes, buffers_name_);
+    if (!found_parameters || !found_buffers || !PyDict_Check(found_parameters.ptr()) ||
+        !PyDict_Check(found_buffers.ptr()))
+      return false;
+    const py::object parameters = borrow(found_parameters), buffers = borrow(found_buffers);
+    borrowed.weights.resize(names_.size());
+    borrowed.kept.reserve(names_.size() + 3);
     for (size_t i = 0; i < names_.size(); ++i) {
       const auto& [is_parameter, name] = names_[i];
       const py::handle weight = PlainCalls::item(is_parameter ? parameters : buffers, name);
-      if (!weight || !tensors_.find(weight, weights[i])) return false;
-      kept.push_back(py::reinterpret_borrow<py::object>(weight));
+      if (!weight) return false;
+      borrowed.kept.push_back(borrow(weight));
+      if (tensors_.find(weight, borrowed.weights[i]) != Layout::kContiguous) return false;
     }
     return true;
   }
@@ -154,11 +199,11 @@ class DirectCall {
   }
 
   // The halves of a state (h, c); of none, two of them.
-  static bool take_pair(const py::handle& state, py::handle& h, py::handle& c) {
+  static bool take_pair(const py::handle& state, py::object& h, py::object& c) {
     if (state.is_none()) return true;
     if (!PyTuple_Check(state.ptr()) && !PyList_Check(state.ptr())) return false;
     if (PySequence_Fast_GET_SIZE(state.ptr()) != 2) return false;
-    h = PySequence_Fast_GET_ITEM(state.ptr(), 0), c = PySequence_Fast_GET_ITEM(state.ptr(), 1);
+    h = borrow(PySequence_Fast_GET_ITEM(state.ptr(), 0)), c = borrow(PySequence_Fast_GET_ITEM(state.ptr(), 1));
     return !h.is_none() && !c.is_none();
   }
 
@@ -187,10 +232,10 @@ void bind_stream(py::module_& m) {
       .def("hold", &PlainCalls::holds);
   py::class_<PythonTensors>(m, "PythonTensors").def(py::init<py::type, py::type>());
   py::class_<StepKind>(m, "StepKind")
-      .def(py::init([](const std::string& cell, int64_t I, int64_t H, int64_t P, bool bias, bool quantized) {
-             return StepKind{cell_of(cell), I, H, P, bias, quantized};
+      .def(py::init([](const std::string& cell, int64_t L, int64_t I, int64_t H, int64_t P, bool bias, bool quantized) {
+             return StepKind{cell_of(cell), L, I, H, P, bias, quantized};
            }),
-           py::kw_only(), py::arg("cell"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("bias"),
+           py::kw_only(), py::arg("cell"), py::arg("L"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("bias"),
            py::arg("quantized"));
   py::class_<DirectCall>(m, "DirectCall")
       .def(py::init<const PlainCalls&, const PythonTensors&, py::dict, std::vector<std::pair<bool, py::object>>,

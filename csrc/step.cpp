@@ -12,12 +12,12 @@ bool is(const TensorView& view, const Shape& shape, ScalarType dtype) {
 
 void* at(void* array, size_t bytes) { return array ? static_cast<char*>(array) + bytes : nullptr; }
 
-// Whether `out` has no byte in common with `other`, or (may_be_same) begins where it begins.
-bool is_apart(const TensorView& out, const TensorView& other, bool may_be_same) {
+// Whether `out` has no byte in common with `other`.
+bool is_apart(const TensorView& out, const TensorView& other) {
   if (!out.data || !other.data) return true;
   const auto begin = [](const TensorView& t) { return static_cast<const char*>(t.data); };
   const auto end = [&](const TensorView& t) { return begin(t) + t.shape.numel() * item_size(t.dtype); };
-  return end(out) <= begin(other) || end(other) <= begin(out) || (may_be_same && out.data == other.data);
+  return end(out) <= begin(other) || end(other) <= begin(out);
 }
 
 }  // namespace
@@ -46,7 +46,7 @@ bool StepCall::take_weights(const StepKind& kind, const std::vector<TensorView>&
   if (kind.quantized) shape_.weight_type = scaled ? WeightType::kInt8 : WeightType::kBFloat16;
   shape_.dtype = dtype_of(dtype_);
   const size_t per_layer = 2 + (scaled ? 2 : 0) + (kind.bias ? 2 : 0) + (projected ? 1 : 0);
-  if (weights.size() % per_layer != 0) return false;
+  if (weights.size() != per_layer * static_cast<size_t>(kind.L)) return false;
 
   const int64_t rows = kCells[static_cast<int>(kind.cell)].gates * kind.H;
   const Shape row{1, {rows}};
@@ -79,9 +79,9 @@ bool StepCall::is_state(const TensorView& h, const TensorView& c) const {
 }
 
 bool StepCall::may_write(const TensorView& h_n, const TensorView& c_n) const {
-  bool may = is_state(h_n, c_n) && is_apart(h_n, c_n, false);
-  for (const TensorView& old : {h_, c_, input_}) may = may && is_apart(h_n, old, true) && is_apart(c_n, old, true);
-  return may;
+  return is_state(h_n, c_n) && is_apart(h_n, c_n) && is_apart(h_n, input_) && is_apart(c_n, input_) &&
+         is_apart(h_n, c_) && is_apart(c_n, h_) && (h_n.data == h_.data || is_apart(h_n, h_)) &&
+         (c_n.data == c_.data || is_apart(c_n, c_));
 }
 
 Shape StepCall::state_shape(int64_t width) const {

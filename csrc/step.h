@@ -37,7 +37,7 @@ struct TensorView {
 // What a net is said to be. quantized: weight_ih and weight_hh are int8 or bfloat16 beside float activations.
 struct StepKind {
   CellId cell;
-  int64_t I, H, P;
+  int64_t L, I, H, P;
   bool bias, quantized;
 
   bool has_c() const { return kCells[static_cast<int>(cell)].has_c; }
@@ -52,7 +52,7 @@ class StepCall {
   bool take(const StepKind& kind, const std::vector<TensorView>& weights, const TensorView& input, const TensorView& h,
             const TensorView& c);
 
-  // Whether the new state may be written here: where the old one lies, or apart from it, and nothing in between.
+  // Whether the new state may be written here: h_n where h lies, c_n where c lies, or apart from everything else.
   bool may_write(const TensorView& h_n, const TensorView& c_n) const;
 
   void run(const TensorView& output, const TensorView& h_n, const TensorView& c_n) const;

@@ -26,7 +26,7 @@ class PythonTensors:
 
 class StepKind:
     def __init__(
-        self, *, cell: str, I: int, H: int, P: int, bias: bool, quantized: bool
+        self, *, cell: str, L: int, I: int, H: int, P: int, bias: bool, quantized: bool
     ) -> None: ...
 
 class DirectCall:

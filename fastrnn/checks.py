@@ -108,7 +108,7 @@ def step_input(spec: LayerSpec, input: Tensor) -> None:
 
 
 def step_out(spec: LayerSpec, out: object, state: Tensor | tuple[Tensor, Tensor]) -> None:
-    """Tensors for the new state, against the state itself."""
+    """Tensors for the new state, against the state itself: nothing is written before all can be."""
     targets = out if spec.has_c else [out]
     values = state if spec.has_c else [state]
     if not isinstance(targets, (tuple, list)) or len(targets) != len(values):
@@ -121,6 +121,24 @@ def step_out(spec: LayerSpec, out: object, state: Tensor | tuple[Tensor, Tensor]
                 f"{spec.name}: out must have shape {list(value.shape)} and dtype {value.dtype}, "
                 f"got {list(target.shape)} and {target.dtype}"
             )
+        if target.device != value.device:
+            raise RuntimeError(
+                f"{spec.name}: out must be on {value.device}, got a tensor on {target.device}"
+            )
+        places = zip(target.shape, target.stride(), strict=True)
+        if any(size > 1 and stride == 0 for size, stride in places):
+            raise RuntimeError(
+                f"{spec.name}: out must have a place for every element, got strides "
+                f"{list(target.stride())} for shape {list(target.shape)}"
+            )
+        if target.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{spec.name}: out must not be an inference tensor outside of inference mode"
+            )
+        if target.requires_grad and target.is_leaf and torch.is_grad_enabled():
+            raise RuntimeError(f"{spec.name}: out must not be a leaf that requires grad")
+    if len(targets) == 2 and torch._C._overlaps(targets[0], targets[1]):
+        raise RuntimeError(f"{spec.name}: the tensors of out must not overlap")
 
 
 def layer_input(spec: LayerSpec, input: Tensor, weights: Sequence[Tensor], packed: bool) -> None:

@@ -70,7 +70,9 @@ class Layer(nn.RNNBase):
             ...     for frame in torch.randn(100, 1, 40):
             ...         output, state = layer.step(frame, state)
         """
-        result = stream.run(self, input, state, out) if _is_frame(input) else None
+        plain = _is_frame(input) and type(self).forward is Layer.forward
+        plain = plain and "forward" not in self.__dict__
+        result = stream.run(self, input, state, out) if plain else None
         return stream.step(self, self._spec(), input, state, out) if result is None else result
 
     def _new_direct_call(self) -> DirectCall | None:

@@ -46,15 +46,17 @@ class QuantizedLayer(modules.Layer):
         return [self._float_weight(name) for name in self._flat_weights_names]
 
     def _float_weight(self, name: str) -> Tensor:
-        weight = getattr(self, name)
-        if not _is_matrix(name):
-            return weight
-        expected = torch.bfloat16 if self._weight_type == "bfloat16" else torch.int8
+        weight: Tensor = getattr(self, name)
+        expected = torch.float32
+        if _is_matrix(name):
+            expected = torch.bfloat16 if self._weight_type == "bfloat16" else torch.int8
         if weight.dtype != expected:
             raise RuntimeError(
                 f"{name} of a quantized layer must be {expected}, got {weight.dtype}: quantized "
                 "layers cannot be converted to another dtype"
             )
+        if not _is_matrix(name):
+            return weight
         if self._weight_type == "bfloat16":
             return weight.float()
         return weight.float() * getattr(self, name + "_scale").unsqueeze(1)

@@ -37,8 +37,8 @@ def direct_call(
     another one, or if a weight or an argument is not simply right."""
     extension = importlib.import_module("fastrnn._C")
     kind = extension.StepKind(
-        cell=spec.cell, I=spec.input_size, H=spec.hidden_size, P=spec.output_size, bias=spec.bias,
-        quantized=quantized,
+        cell=spec.cell, L=spec.num_layers, I=spec.input_size, H=spec.hidden_size,
+        P=spec.output_size, bias=spec.bias, quantized=quantized,
     )  # fmt: skip
     stored = [(name in module._parameters, name) for name in names]
     return extension.DirectCall(
@@ -82,37 +82,37 @@ def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor
 
 
 def _run(module: Any, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any] | None:
-    if out is not None and not _begin_writing(out):
+    if out is not None and not _may_write(out):
         return None
     attributes = module.__dict__
     direct: DirectCall | None = attributes.get("_direct_call")
-    if direct is not None:
-        result = direct.call(attributes, input, state, out)
-        if result is not None:
-            return result
-    if torch.is_grad_enabled() or type(input) is not Tensor or not _ops.is_plain_native():
-        return None
-    if module.training and attributes.get("dropout"):
-        return None
-    attributes["_direct_call"] = None
-    try:
-        direct = attributes["_direct_call"] = module._new_direct_call()
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None
-    return None if direct is None else direct.call(attributes, input, state, out)
+    result = None if direct is None else direct.call(attributes, input, state, out)
+    if result is None:
+        if torch.is_grad_enabled() or type(input) is not Tensor or not _ops.is_plain_native():
+            return None
+        if module.training and attributes.get("dropout"):
+            return None
+        attributes["_direct_call"] = None
+        try:
+            direct = attributes["_direct_call"] = module._new_direct_call()
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return None
+        result = None if direct is None else direct.call(attributes, input, state, out)
+    if result is not None and out is not None:
+        torch.autograd.graph.increment_version([t for t in _targets(out) if not t.is_inference()])
+    return result
 
 
-def _begin_writing(out: Any) -> bool:
-    """Notes on the tensors for the new state that the operator writes them, as PyTorch does for an
-    operation in place: their versions grow. False where the general path has to write or to refuse:
-    no plain tensors, or such of inference mode outside of it."""
-    targets = list(out) if isinstance(out, (tuple, list)) else [out]
-    if not all(type(t) is Tensor for t in targets):
-        return False
-    if any(t.is_inference() for t in targets):
-        return torch.is_inference_mode_enabled() and all(t.is_inference() for t in targets)
-    torch.autograd.graph.increment_version(targets)
-    return True
+def _targets(out: Any) -> list[Any]:
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+def _may_write(out: Any) -> bool:
+    """Whether the kernels may write the tensors for the new state as an operation in place does.
+    The general path has to write or to refuse what is no plain tensor, and tensors of inference
+    mode outside of it."""
+    in_inference = torch.is_inference_mode_enabled()
+    return all(type(t) is Tensor and (in_inference or not t.is_inference()) for t in _targets(out))
 
 
 def step(module: Any, spec: LayerSpec, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any]:

@@ -37,7 +37,7 @@ def of_kind(kind: str) -> dict[str, Tensor]:
     return stored | scales | biases | {"hr": torch.zeros(P, H)}
 
 
-KIND = {"cell": "lstm", "I": INPUT, "H": H, "P": P, "bias": True}
+KIND = {"cell": "lstm", "L": LAYERS, "I": INPUT, "H": H, "P": P, "bias": True}
 
 
 def arguments(kind: str = "float") -> dict[str, Any]:
@@ -86,6 +86,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "weight_hr shape": {"weights": weights(FLOAT, hr=torch.zeros(P, H - 1))},
     "int8 as float": {"weights": weights(of_kind("int8"))},
     "float as quantized": {"quantized": True},
+    "L": {"L": LAYERS + 1},
+    "L zero": {"L": 0},
+    "L negative": {"L": -LAYERS},
     "I": {"I": INPUT - 1},
     "I negative": {"I": -1},
     "I overflow": {"I": 2**62},
@@ -115,6 +118,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "state number": {"state": 0},
     "input float64": {"input": torch.zeros(B, INPUT).double()},
     "h layers": {"h": torch.zeros(1, B, P)},
+    "h expanded": {"h": torch.zeros(1, B, P).expand(2**40, B, P)},
+    "input expanded": {"input": torch.zeros(1, 1).expand(B, 2**40)},
     "h batch": {"h": torch.zeros(LAYERS, B - 1, P)},
     "h width": {"h": torch.zeros(LAYERS, B, H)},
     "h half": {"h": torch.zeros(LAYERS, B, P).half()},
@@ -192,6 +197,11 @@ def test_overlap_refused() -> None:
     within = c_n.flatten()[:h].view(LAYERS, B, P)
     assert call(**(given | {"out": (within, c_n)})) is None
     assert call(**(given | {"out": (given["h"], c_n)})) is not None
+    at_h = memory[:c].view(LAYERS, B, H)  # of another width: not the same rows
+    assert call(**(given | {"out": (torch.zeros(LAYERS, B, P), at_h)})) is None
+    at_input = given["input"].new_zeros(LAYERS * B * P)
+    given["input"] = at_input[: B * INPUT].view(B, INPUT)
+    assert call(**(given | {"out": (at_input.view(LAYERS, B, P), c_n)})) is None
     given["c"], given["h"] = c_n, torch.zeros(LAYERS, B, P)
     assert call(**(given | {"out": (beside, c_n)})) is not None
 

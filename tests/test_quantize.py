@@ -183,3 +183,13 @@ def test_what_is_refused() -> None:
     fastrnn.quantize(layer, weights="bf16")
     with pytest.raises(RuntimeError, match="quantized"), torch.no_grad():
         layer.double()(torch.zeros(3, 20, 21, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_converted_layers_are_refused(engine: str, weights: str, dtype: torch.dtype) -> None:
+    layer = fastrnn.LSTM(3, 4)
+    fastrnn.quantize(layer, weights)
+    layer.to(dtype)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be converted"):
+        layer(torch.randn(5, 2, 3, dtype=dtype))
