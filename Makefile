@@ -7,6 +7,7 @@
 #   make sanitize  kernel tests under the address and undefined-behaviour sanitizers (needs GCC)
 #   make fuzz      10,000 random configurations against torch.nn
 #   make bench     the CPU benchmarks                          (ARGS="--help")
+#   make gpu       on a machine with an NVIDIA GPU: builds into its own Python, probes, checks, times
 #   make format    rewrites csrc/ as clang-format wants it
 #   make clean     removes what was built; `rm -rf .venv` removes the environment
 #
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 .NOTPARALLEL:  # pip twice at a time in one environment
-.PHONY: demo test env build sanitize fuzz bench format clean
+.PHONY: demo test env build sanitize fuzz bench gpu format clean
 
 demo: build
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -76,6 +77,12 @@ fuzz: build
 
 bench: build
 	$(BIN)/python -m bench.run $(ARGS)
+
+# In the Python that has a torch for CUDA, setuptools, pybind11, ninja and pytest; nothing is downloaded.
+ARCHITECTURE = $$($(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
+gpu:
+	TORCH_CUDA_ARCH_LIST=$(ARCHITECTURE) FASTRNN_BUILD=1 FASTRNN_CUDA=1 $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 format: env
 	$(BIN)/clang-format -i $(CPP_FILES)

@@ -167,14 +167,14 @@ class Problem:
         return name in ("input", "h_0", "c_0") or "weights" not in self.case.frozen
 
     def arguments(
-        self, dtype: torch.dtype | None = None
+        self, dtype: torch.dtype | None = None, device: str = "cpu"
     ) -> tuple[Tensor | PackedSequence, Any, dict[str, Tensor]]:
         """Fresh input and initial states, and the leaf tensors they are made from."""
         case = self.case
         leaves: dict[str, Tensor] = {}
         for name in ("input", "h_0", "c_0"):
             if name in self.values:
-                leaf = self.values[name].to(dtype or self.dtype, copy=True)
+                leaf = self.values[name].to(device, dtype or self.dtype, copy=True)
                 leaves[name] = leaf.requires_grad_(self.wants_grad(name))
         input: Any = leaves["input"][..., ::2] if case.strided else leaves["input"]
         if case.lengths is not None:
@@ -190,10 +190,12 @@ class Problem:
         hx = None if not states else tuple(states) if len(states) == 2 else states[0]
         return input, hx, leaves
 
-    def run(self, namespace: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def run(
+        self, namespace: Any, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> dict[str, Tensor]:
         """Outputs, final states and gradients of `namespace`'s layer, computed in `dtype`."""
-        module = self.make(namespace, dtype)
-        input, hx, leaves = self.arguments(dtype)
+        module = self.make(namespace, dtype).to(device)
+        input, hx, leaves = self.arguments(dtype, device)
         torch.manual_seed(self.seed)  # the dropout masks
         return run_layer(module, input, hx, self.cotangents if self.case.grad else None, leaves)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_modules import BY_ID, CELL_MODULES, DROPOUT, cell_results, expected
 from torch import Tensor, nn
 
 from cases import CASES, CELLS, DTYPES, Case
 from compare import check
 from fastrnn import functional
-from test_modules import BY_ID, CELL_MODULES, DROPOUT, cell_results, expected
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 

@@ -1,41 +1,40 @@
-"""The pass of a GPU on a machine without one: the kernels of csrc/cuda run on the host, thread by
-thread, through the same operators, by the rule. What is left to a GPU is nvcc's own code."""
+"""Layers and cells on a GPU against torch.nn there (cuDNN), by the rule; see conftest.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import cuda_on_host
 import fastrnn
-from cases import CASES, CELLS, DTYPES, Case
+from cases import CASES, CELLS, DTYPES, Case, Problem, build
 from compare import check, check_identical, run_cell
-from test_modules import expected
 
-pytestmark = [
-    pytest.mark.skipif(cuda_on_host.why_not() is not None, reason=str(cuda_on_host.why_not())),
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
-@pytest.fixture(autouse=True)
-def _on_host_kernels() -> Iterator[None]:
-    with cuda_on_host.on_host_kernels():
-        yield
+@functools.cache
+def expected(
+    cell: str, case: Case, dtype: torch.dtype, device: str
+) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor]]:
+    """The problem, torch.nn's results in `dtype` on the device and in float64."""
+    problem = build(cell, case, dtype)
+    same = problem.run(nn, device=device)
+    return problem, same, problem.run(nn, torch.float64)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])  # float16: LONG
 @pytest.mark.parametrize("cell", CELLS)
-def test_layer(cell: str, dtype: str, case: Case) -> None:
+def test_layer(device: str, cell: str, dtype: str, case: Case) -> None:
     if not case.supports(cell):
         return
-    problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype])
-    check(problem.run(fastrnn), torch_same, ref64)
+    problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
+    check(problem.run(fastrnn, device=device), torch_same, ref64)
 
 
 # Several chunks of input products in either direction, and rows that enter and leave at all steps.
@@ -50,18 +49,19 @@ LONG = [
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_long(cell: str, dtype: str, case: Case) -> None:
-    problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype])
-    first = problem.run(fastrnn)
+def test_long(device: str, cell: str, dtype: str, case: Case) -> None:
+    problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
+    first = problem.run(fastrnn, device=device)
     check(first, torch_same, ref64)
-    check_identical(problem.run(fastrnn), first)
+    check_identical(problem.run(fastrnn, device=device), first)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("direction", [0, 1])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_groups_and_directions(cell: str, direction: int, groups: int) -> None:
-    """What modules do not ask of the operators: one reversed direction, three groups."""
+def test_groups_and_directions(device: str, cell: str, direction: int, groups: int) -> None:
+    """What modules do not ask of the operators: one reversed direction, three groups. The numbers
+    are those of the CPU."""
     gates = {"rnn_tanh": 1, "lstm": 4, "gru": 3}[cell]
     T, B, I, H = 4, 3, 5, 6  # noqa: E741
     weights = [
@@ -72,7 +72,10 @@ def test_groups_and_directions(cell: str, direction: int, groups: int) -> None:
     x, h0 = torch.randn(T, B, I).double(), torch.randn(groups, B, H).double()
     c0 = torch.randn_like(h0) if cell == "lstm" else None
     results = []
-    for library in (torch.ops.fastrnn, cuda_on_host.load()):
+    on_gpu = torch.ops.fastrnn if device == "cuda" else cuda_on_host.load()
+    for library, place in ((torch.ops.fastrnn, "cpu"), (on_gpu, device)):
+        x, h0, weights = x.to(place), h0.to(place), [w.to(place) for w in weights]
+        c0 = None if c0 is None else c0.to(place)
         forward = library.layer(cell, x, weights, h0, c0, None, groups, direction, True)
         output, h_n, c_n, cells, saved = forward
         wanted = [1, 1, int(c0 is not None), *[1] * len(weights)]
@@ -81,31 +84,32 @@ def test_groups_and_directions(cell: str, direction: int, groups: int) -> None:
             cell, torch.ones_like(output), torch.ones_like(h_n), dc_n, x, output, cells, saved,
             weights, h0, c0, None, groups, direction, wanted,
         )  # fmt: skip
-        results.append([*forward, dx, *dw, dh0, dc0])
+        results.append([t.cpu() for t in (*forward, dx, *dw, dh0, dc0)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
-def test_cells(name: str, dtype: str) -> None:
+def test_cells(device: str, name: str, dtype: str) -> None:
     theirs = getattr(nn, name)(5, 8)
     state: Any = torch.randn(3, 8)
     state = (state, torch.randn(3, 8)) if name == "LSTMCell" else state
     x, cotangents = torch.randn(3, 5), {"h": torch.randn(3, 8), "c": torch.randn(3, 8)}
     cotangents = cotangents if name == "LSTMCell" else {"h": cotangents["h"]}
 
-    def run(library: Any, kind: torch.dtype) -> dict[str, torch.Tensor]:
+    def run(library: Any, kind: torch.dtype, place: str) -> dict[str, Tensor]:
         cell = getattr(library, name)(5, 8)
         cell.load_state_dict(theirs.state_dict())
-        rounded = tuple(s.to(DTYPES[dtype]).to(kind).requires_grad_() for s in (x, *states(state)))
-        hx = rounded[1:] if name == "LSTMCell" else rounded[1]
-        low = cell.to(DTYPES[dtype]).to(kind)
-        return run_cell(low, rounded[0], hx, {k: v.to(kind) for k, v in cotangents.items()})
+        low = cell.to(DTYPES[dtype]).to(place, kind)
+        leaves = [s.to(DTYPES[dtype]).to(place, kind) for s in (x, *states(state))]
+        first, *rest = (leaf.requires_grad_() for leaf in leaves)
+        hx = tuple(rest) if name == "LSTMCell" else rest[0]
+        return run_cell(low, first, hx, {k: v.to(place, kind) for k, v in cotangents.items()})
 
     low = DTYPES[dtype]
-    check(run(fastrnn, low), run(nn, low), run(nn, torch.float64))
+    check(run(fastrnn, low, device), run(nn, low, device), run(nn, torch.float64, "cpu"))
 
 
-def states(state: Any) -> tuple[torch.Tensor, ...]:
+def states(state: Any) -> tuple[Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)

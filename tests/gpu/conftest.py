@@ -1,0 +1,34 @@
+"""Tests of the GPU's pass: on a GPU where there is one, otherwise rehearsed with its kernels run on
+the host (cuda_on_host.py). What only a GPU has is skipped there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import cuda_on_host
+import fastrnn
+from fastrnn import _ops
+
+HAS_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[str]:
+    """The device of a test's tensors."""
+    if not HAS_GPU:
+        reason = cuda_on_host.why_not()
+        if reason is not None:
+            pytest.skip(f"neither a GPU nor its kernels on the host: {reason}")
+        with cuda_on_host.on_host_kernels():
+            yield "cpu"
+        return
+    if not _ops.has_cuda:
+        pytest.fail(f"there is a GPU, but fastrnn has no CUDA kernels: {_ops.native_error}")
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    with fastrnn.use_backend("native"):
+        yield "cuda"
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
