@@ -3,13 +3,54 @@
 #include <pybind11/stl.h>
 
 #include "cpu/scan_cpu.h"
+#include "cuda/plan.h"
+#include "problem.h"
 #include "python_stream.h"
-#include "tensors.h"
 
 #define FASTRNN_TEXT_(x) #x
 #define FASTRNN_TEXT(x) FASTRNN_TEXT_(x)
 
 namespace py = pybind11;
+
+namespace {
+
+py::dict facts_of(const fastrnn::cuda::GpuFacts& gpu) {
+  py::dict facts;
+  facts["capability"] = py::make_tuple(gpu.major, gpu.minor);
+  facts["multiprocessors"] = gpu.multiprocessors;
+  facts["shared_bytes"] = gpu.shared_bytes;
+  facts["register_bytes"] = gpu.register_bytes;
+  return facts;
+}
+
+// The plan of a pass on a GPU of these facts.
+py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t D, int64_t item_bytes,
+              const py::dict& gpu, const std::string& kernel) {
+  const py::tuple capability = gpu["capability"];
+  const fastrnn::cuda::GpuFacts facts = {
+      "",
+      capability[0].cast<int>(),
+      capability[1].cast<int>(),
+      gpu["multiprocessors"].cast<int>(),
+      gpu["shared_bytes"].cast<int64_t>(),
+      gpu["register_bytes"].cast<int64_t>(),
+  };
+  const bool is_double = item_bytes == 8;
+  const fastrnn::cuda::Plan found =
+      fastrnn::cuda::plan_pass({fastrnn::cell_of(cell), T, B, I, H, D, item_bytes, is_double ? 8 : 4}, facts, kernel);
+  py::dict result;
+  result["kernel"] = found.kernel;
+  result["why"] = found.why;
+  result["against"] = found.against;
+  result["units"] = found.units;
+  result["threads"] = found.threads;
+  result["blocks"] = found.blocks;
+  result["chunk_steps"] = found.chunk_steps;
+  result["launches"] = found.launches;
+  return result;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native extension of fastrnn; importing it registers torch.ops.fastrnn.";
@@ -49,6 +90,13 @@ PYBIND11_MODULE(_C, m) {
     }
     return cells;
   });
+  m.def("gpus", [] {
+    py::dict gpus;
+    for (const fastrnn::cuda::GpuFacts& gpu : fastrnn::cuda::kGpus) gpus[gpu.name] = facts_of(gpu);
+    return gpus;
+  });
+  m.def("plan", &plan, py::kw_only(), py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+        py::arg("D"), py::arg("item_bytes"), py::arg("gpu"), py::arg("kernel"));
   m.def("poison", [](bool on) { fastrnn::poison() = on; }, py::arg("on"));
   m.def("cpu_isas", &fastrnn::cpu_isas);
   m.def("cpu_isa", &fastrnn::cpu_isa);

@@ -1,17 +1,25 @@
 """`python -m fastrnn.info`: what is installed here, how it was built, and what will run.
 
+`python -m fastrnn.info --explain T B I H CELL DTYPE DEVICE [--bidirectional] [--kernel NAME]` tells
+how a layer of this shape would run on a GPU, which does not have to be there: the kernel, its sizes
+and the reasons against the others. DEVICE is cuda, for the GPU that is there, or one of a100, l40s,
+h100, h200, b200.
+
 Works in every installation, also one without the native part, and needs no compiler. A setting that
 cannot be met is reported where other programs stop.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import os
 import platform
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,5 +118,85 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
+def explain(
+    T: int, B: int, I: int, H: int, cell: str, dtype: str, device: str,  # noqa: E741
+    bidirectional: bool = False, kernel: str = "auto",
+) -> str:  # fmt: skip
+    """How a layer would run on a GPU: what ``python -m fastrnn.info --explain`` prints.
+
+    Dimension key: T time, B batch, I input, H hidden.
+
+    Args:
+        cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"lstm"`` or ``"gru"``.
+        dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
+        device: ``"cuda"``, the GPU that is there, or the name of one.
+        kernel: ``"auto"``, or the one that is asked for.
+
+    Raises:
+        RuntimeError: the native part is missing, or ``"cuda"`` and there is no GPU.
+        ValueError: unknown cell, dtype, device or kernel, or a kernel that cannot run it.
+    """
+    if _ops.native_error is not None:
+        raise RuntimeError(f"plans are made by the native part: {_ops.native_error}")
+    native = importlib.import_module("fastrnn._C")
+    if cell not in native.cells():
+        raise ValueError(f"unknown cell {cell!r}, expected one of {', '.join(native.cells())}")
+    if dtype not in ("float32", "float64", "bfloat16", "float16"):
+        raise ValueError(f"unknown dtype {dtype!r}, expected float32, float64, bfloat16 or float16")
+    facts = _gpu_facts(native.gpus(), device)
+    size = getattr(torch, dtype).itemsize
+    plan = native.plan(
+        cell=cell, T=T, B=B, I=I, H=H, D=1 + bidirectional, item_bytes=size, gpu=facts,
+        kernel=kernel,
+    )  # fmt: skip
+    rows = [
+        ("kernel", f"{plan['kernel']}: {plan['why']}"),
+        ("gate kernel", f"{plan['units']} units a thread, {plan['threads']} threads a direction"),
+        ("grid", f"{plan['blocks']} blocks on {facts['multiprocessors']} multiprocessors"),
+        ("input products", f"of {plan['chunk_steps']} steps at a time"),
+        ("launches", f"{plan['launches']} in a forward pass"),
+        *(("not", reason) for reason in plan["against"]),
+    ]
+    directions = ", both directions" if bidirectional else ""
+    title = f"{cell} {dtype} T={T} B={B} I={I} H={H}{directions} on {device}"
+    return f"{title}\n{_table(rows)}"
+
+
+def _gpu_facts(known: dict[str, dict[str, Any]], device: str) -> dict[str, Any]:
+    if device in known:
+        return known[device]
+    if device != "cuda":
+        raise ValueError(f"unknown device {device!r}, expected cuda or one of {', '.join(known)}")
+    if not torch.cuda.is_available():
+        raise RuntimeError("there is no GPU here: name one, for example h200")
+    facts: Any = torch.cuda.get_device_properties(0)
+    return {
+        "capability": (facts.major, facts.minor),
+        "multiprocessors": facts.multi_processor_count,
+        "shared_bytes": facts.shared_memory_per_block_optin,
+        "register_bytes": 4 * facts.regs_per_multiprocessor,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastrnn.info", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    names = ("T", "B", "I", "H", "CELL", "DTYPE", "DEVICE")
+    parser.add_argument("--explain", nargs=7, metavar=names)
+    parser.add_argument("--bidirectional", action="store_true", help="with --explain")
+    parser.add_argument("--kernel", default="auto", help="with --explain: the one asked for")
+    options = parser.parse_args(arguments)
+    if options.explain is None:
+        print(report())
+        return 0
+    *sizes, cell, dtype, device = options.explain
+    try:
+        T, B, I, H = map(int, sizes)  # noqa: E741
+        print(explain(T, B, I, H, cell, dtype, device, options.bidirectional, options.kernel))
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    return 0
+
+
 if __name__ == "__main__":
-    print(report())
+    sys.exit(main())

@@ -3,6 +3,8 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
+#include <cstdlib>
+
 #include "device.h"
 
 namespace fastrnn::cuda {
@@ -38,10 +40,20 @@ class CurrentGpu {
   int before_ = 0;
 };
 
+// FASTRNN_CUDA_KERNEL asks for kernels; there is one kind in this version.
+void check_request() {
+  const char* const asked = std::getenv("FASTRNN_CUDA_KERNEL");
+  const std::string name = asked && *asked ? asked : "auto";
+  STD_TORCH_CHECK(name == "auto" || name == "step", "fastrnn: FASTRNN_CUDA_KERNEL=", name,
+                  " cannot be met: this version has auto and step");
+}
+
 class Gpu final : CurrentGpu, public StepDevice {
  public:
   explicit Gpu(int32_t index)
-      : CurrentGpu(index), StepDevice({DeviceType::CUDA, index}, step_kernels(), current_stream(index)) {}
+      : CurrentGpu(index), StepDevice({DeviceType::CUDA, index}, step_kernels(), current_stream(index)) {
+    check_request();
+  }
 };
 
 }  // namespace

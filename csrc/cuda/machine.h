@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../math.h"
+#include "plan.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -25,8 +25,6 @@ struct Thread {
   int64_t item;
   int64_t group;
 };
-
-constexpr int kBlockThreads = 256;
 
 struct BFloat16 {
   uint16_t bits;
@@ -126,8 +124,6 @@ FASTRNN_FN void store(T* target, const Compute<T>* source) {
 
 // Where kernels are put: a CUDA stream; the host has none.
 using Queue = void*;
-
-constexpr int64_t kMostBlocks = 2147483647, kMostGroups = 65535;  // of a grid, in x and y
 
 inline void check_grid(int64_t items, int64_t groups) {
   if (items < 0 || items > kMostBlocks * kBlockThreads || groups < 0 || groups > kMostGroups)

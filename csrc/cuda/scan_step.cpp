@@ -3,15 +3,10 @@
 #include <algorithm>
 
 #include "gemm.h"
+#include "plan.h"
 
 namespace fastrnn::cuda {
 namespace {
-
-// Of input products that are there at a time.
-#if !defined(FASTRNN_CHUNK_BYTES)
-#define FASTRNN_CHUNK_BYTES (int64_t{64} << 20)
-#endif
-constexpr int64_t kChunkBytes = FASTRNN_CHUNK_BYTES;
 
 ScalarType storage_of(Dtype dtype) {
   switch (dtype) {
@@ -109,13 +104,13 @@ class ForwardPass : Pass {
     step.m = a.projected ? m.mutable_data_ptr() : nullptr;
     step.output = a.output, step.h_n = a.h_n, step.c_n = a.c_n, step.cells = a.cells, step.saved = a.saved;
 
-    const int64_t chunk_rows = std::max(a.B, std::min(a.N, kChunkBytes / (a.D * G * a.H * item_size(compute))));
-    const Tensor gates = make(chunk_rows, G * a.H, compute);
-    step.gates = gates.mutable_data_ptr(), step.gates_rows = chunk_rows;
+    const int64_t room = chunk_rows(a.N, a.B, a.D * G * a.H * item_size(compute));
+    const Tensor gates = make(room, G * a.H, compute);
+    step.gates = gates.mutable_data_ptr(), step.gates_rows = room;
     int64_t chunk_end = 0, last_count = -1;
     Tensor h_rows, product_rows, m_rows, projected_rows;
     for (int64_t t = 0; t < a.T; ++t) {
-      if (t == chunk_end) chunk_end = input_products(t, chunk_rows, gates);
+      if (t == chunk_end) chunk_end = input_products(t, room, gates);
       for (int reverse : {0, 1}) {
         StepRows& rows = step.rows[reverse];
         rows.row = has_order(reverse) ? a.row(time_of(t, reverse), 0) : 0;
@@ -165,11 +160,11 @@ class ForwardPass : Pass {
   }
 
   // gates = W_ih x of the steps from `first` on whose rows find room; returns the step behind the last of them.
-  int64_t input_products(int64_t first, int64_t chunk_rows, const Tensor& gates) {
+  int64_t input_products(int64_t first, int64_t room, const Tensor& gates) {
     int64_t end = first, rows[2] = {0, 0};
     for (; end < a.T; ++end) {
       const int64_t more[2] = {rows[0] + count_of(end, 0), rows[1] + count_of(end, 1)};
-      if (std::max(more[0], more[1]) > chunk_rows) break;
+      if (std::max(more[0], more[1]) > room) break;
       rows[0] = more[0], rows[1] = more[1];
     }
     for (int reverse : {0, 1})  // in memory a chunk of reversed steps begins with its last one
@@ -177,7 +172,7 @@ class ForwardPass : Pass {
     const Place& place = on.device.place();
     for (int64_t d = 0; d < a.D; ++d) {
       const int reverse = a.reversed(d) ? 1 : 0;
-      const Tensor target = view(gates, d * chunk_rows * G * a.H, {rows[reverse], G * a.H}, {G * a.H, 1}, place);
+      const Tensor target = view(gates, d * room * G * a.H, {rows[reverse], G * a.H}, {G * a.H, 1}, place);
       if (a.I == 0) {
         Tensor zeros = target;
         torch::stable::zero_(zeros);

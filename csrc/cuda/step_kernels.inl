@@ -318,7 +318,7 @@ void with_cell(CellId cell, F f) {
 }
 
 template <class T>
-constexpr int kMostUnits = sizeof(T) == 8 ? 2 : 4;
+constexpr int kMostUnits = sizeof(T) == 8 ? 2 : 4;  // the larger of what units_per_thread gives
 
 // Launches the instance of a kernel <Cell, T, kUnits> for these arguments.
 template <template <class, class, int> class Kernel, class Args>
@@ -329,7 +329,7 @@ void launch_cell(const Args& a, Queue queue) {
       using T = std::remove_pointer_t<decltype(dtype)>;
       using Wide = Kernel<Cell, T, kMostUnits<T>>;
       using Narrowest = Kernel<Cell, T, 1>;
-      if (a.H % kMostUnits<T> == 0)
+      if (units_per_thread(a.H, sizeof(Compute<T>)) == kMostUnits<T>)
         launch(Wide{a}, Wide::items(a), a.D, queue);
       else
         launch(Narrowest{a}, Narrowest::items(a), a.D, queue);

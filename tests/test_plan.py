@@ -1,0 +1,84 @@
+"""What would run on a GPU that is not there: csrc/cuda/plan.h over shapes and devices."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+
+from fastrnn import _ops, info
+
+pytestmark = pytest.mark.skipif(_ops.native_error is not None, reason=str(_ops.native_error))
+
+
+def plan(device: str = "h200", kernel: str = "auto", **shape: Any) -> dict[str, Any]:
+    native = importlib.import_module("fastrnn._C")
+    given = {"cell": "lstm", "T": 256, "B": 32, "I": 512, "H": 512, "D": 1, "item_bytes": 2} | shape
+    result: dict[str, Any] = native.plan(gpu=native.gpus()[device], kernel=kernel, **given)
+    return result
+
+
+# Shape -> units of a thread, threads of a direction, blocks, steps of a chunk, launches.
+TABLE: list[tuple[dict[str, Any], tuple[int, int, int, int, int]]] = [
+    ({}, (4, 4096, 16, 256, 515)),
+    ({"D": 2}, (4, 4096, 32, 128, 519)),
+    ({"H": 77, "B": 5}, (1, 385, 2, 256, 515)),
+    ({"item_bytes": 8}, (2, 8192, 32, 128, 516)),
+    ({"item_bytes": 8, "H": 1, "B": 1, "T": 1}, (1, 1, 1, 1, 5)),
+    ({"H": 2048, "B": 128}, (4, 65536, 256, 16, 530)),
+    ({"cell": "gru", "T": 10000, "B": 256, "H": 1024}, (4, 65536, 256, 21, 20479)),
+]
+
+
+@pytest.mark.parametrize(("shape", "expected"), TABLE)
+@pytest.mark.parametrize("device", ["a100", "l40s", "h100", "h200", "b200"])
+def test_sizes(device: str, shape: dict[str, Any], expected: tuple[int, ...]) -> None:
+    found = plan(device, **shape)
+    names = ("units", "threads", "blocks", "chunk_steps", "launches")
+    assert tuple(found[name] for name in names) == expected
+    assert found["kernel"] == "step"
+
+
+def test_reasons_against_the_others() -> None:
+    small, large = plan(H=64)["against"], plan(H=4096, item_bytes=4)["against"]
+    assert [reason.split(":")[0] for reason in small] == ["persistent-block", "persistent-grid"]
+    assert all("would fit" in reason for reason in small)
+    assert all("does not fit" in reason for reason in large)
+
+
+def test_requests() -> None:
+    assert plan(kernel="step")["kernel"] == "step"
+    with pytest.raises(ValueError, match=r"persistent-grid.* not in this version"):
+        plan(kernel="persistent-grid")
+    with pytest.raises(ValueError, match="there are step"):
+        plan(kernel="magic")
+    for wrong in ({"T": 0}, {"B": 0}, {"H": -1}, {"D": 0}, {"I": -1}):
+        with pytest.raises(ValueError, match="at least"):
+            plan(**wrong)
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--explain", "256", "32", "512", "512", "lstm", "bfloat16", "h200"]
+    assert info.main([*arguments, "--bidirectional"]) == 0
+    text = capsys.readouterr().out
+    assert "both directions on h200" in text
+    assert "32 blocks on 132 multiprocessors" in text
+    assert "persistent-grid: not in this version" in text
+
+
+@pytest.mark.parametrize(
+    ("position", "word", "message"),
+    [
+        (1, "many", "invalid literal"), (1, "0", "at least 1"), (5, "lstmm", "unknown cell"),
+        (6, "int8", "unknown dtype"), (7, "h300", "unknown device"),
+    ],
+)  # fmt: skip
+def test_wrong_questions(
+    position: int, word: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--explain", "256", "32", "512", "512", "lstm", "bfloat16", "h200"]
+    arguments[position] = word
+    with pytest.raises(SystemExit):
+        info.main(arguments)
+    assert message in capsys.readouterr().err
