@@ -5,7 +5,8 @@
 // Work       a thread: kUnits neighbouring hidden units of one row of one group (16 bytes of float; 1 where H is no
 //            multiple of that)
 // Memory     registers only; every value is read and written once, neighbouring threads beside one another
-// Requires   arrays aligned to kUnits elements, which torch's allocator and H % kUnits == 0 give
+// Requires   arrays aligned to kUnits elements, which torch's allocator and H % kUnits == 0 give; a caller's may begin
+//            anywhere, then kUnits is 1
 // Order      none within a kernel: a thread reads and writes its own units; steps follow each other on the queue
 #include <algorithm>
 
@@ -115,6 +116,7 @@ struct Forward {
     if (is_last) store<T, kUnits>(at<T>(a.h_n) + state, h);
   }
   static int64_t items(const ForwardArgs& a) { return std::max(a.rows[0].count, a.rows[1].count) * (a.H / kUnits); }
+  static bool is_aligned(const ForwardArgs&) { return true; }  // all of its arrays are our own
 };
 
 template <class T>
@@ -236,6 +238,15 @@ struct Backward {
     const StepRows *f = &a.rows[0], *r = &a.rows[1];
     return std::max({f->count, f->count_next, r->count, r->count_next}) * (a.H / kUnits);
   }
+  static bool is_aligned(const BackwardArgs& a) {
+    const auto aligned = [](const void* array, size_t item) {
+      return reinterpret_cast<uintptr_t>(array) % (kUnits * item) == 0;
+    };
+    bool all = aligned(a.cells, sizeof(Compute<T>));
+    for (const void* array : {a.doutput, a.dh_n, a.dc_n, a.output, a.saved, a.h0, a.c0})
+      all = all && aligned(array, sizeof(T));
+    return all;
+  }
 };
 
 template <class T>
@@ -329,7 +340,7 @@ void launch_cell(const Args& a, Queue queue) {
       using T = std::remove_pointer_t<decltype(dtype)>;
       using Wide = Kernel<Cell, T, kMostUnits<T>>;
       using Narrowest = Kernel<Cell, T, 1>;
-      if (units_per_thread(a.H, sizeof(Compute<T>)) == kMostUnits<T>)
+      if (units_per_thread(a.H, sizeof(Compute<T>)) == kMostUnits<T> && Wide::is_aligned(a))
         launch(Wide{a}, Wide::items(a), a.D, queue);
       else
         launch(Narrowest{a}, Narrowest::items(a), a.D, queue);

@@ -111,5 +111,29 @@ def test_cells(device: str, name: str, dtype: str) -> None:
     check(run(fastrnn, low, device), run(nn, low, device), run(nn, torch.float64, "cpu"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_arrays_that_begin_anywhere(device: str, name: str, dtype: str) -> None:
+    """A caller's states and gradients may lie at any element of a larger tensor."""
+
+    def apart(*shape: int) -> Tensor:
+        return torch.randn(torch.Size(shape).numel() + 1, device=device).to(low)[1:].view(shape)
+
+    low = DTYPES[dtype]
+    layer = getattr(fastrnn, name)(4, 8).to(device, low)
+    x, h, dy = apart(5, 3, 4), apart(1, 3, 8), apart(5, 3, 8)
+    hx: Any = (h, apart(1, 3, 8)) if name == "LSTM" else h
+    results = []
+    for copy in (False, True):
+        given = [x, *states(hx), dy]
+        first, *rest, cotangent = [t.clone() if copy else t for t in given]
+        output, state = layer(first, tuple(rest) if name == "LSTM" else rest[0])
+        both = [output, *states(state)]
+        grads = torch.autograd.grad(both, list(layer.parameters()), [cotangent, *rest])
+        results.append([t.detach() for t in (*both, *grads)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def states(state: Any) -> tuple[Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
