@@ -316,7 +316,8 @@ def ninja_file(files: list[str], folder: Path, compile: list[str], link: list[st
 def _nvcc_rule(escaped: Callable[[str], str], quoted: Callable[[list[str]], str]) -> list[str]:
     if not CUDA:
         return []
-    host = ["-ccbin", *find_compiler()[:1]]
+    words = [word for word in find_compiler() if not word.startswith("-")]
+    host = ["-ccbin", words[-1]]  # not a launcher before it, as ccache
     command = quoted([CUDA.nvcc, *host, *CUDA.compile_flags()])
     return [
         "rule nvcc",

@@ -71,7 +71,7 @@ def rename(tree: Path) -> None:
 def build(tree: Path) -> None:
     """Build a checkout in place, with the metadata that the package reads its version from."""
     words = [sys.executable, "setup.py", "--quiet", "egg_info", "build_ext", "--inplace"]
-    run(words, tree, {"FASTRNN_BUILD": "1"})
+    run(words, tree, {"FASTRNN_BUILD": "1", "FASTRNN_CUDA": "0"})
 
 
 def run(words: list[str], folder: Path, variables: dict[str, str] | None = None) -> None:

@@ -45,6 +45,7 @@ STAGES = ("probe", "check", "time")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 T = 256
 ROUNDS, SECONDS = 9, 0.15  # of a contender in a cell
+PROBE_SECONDS, CHECK_SECONDS = 60.0, 200.0  # at most
 GRAPH = "captured"  # in the names of contenders
 
 
@@ -99,8 +100,8 @@ class Workload:
         layer: nn.Module = getattr(library, cell["cell"])(H, H, **options)
         layer.load_state_dict(theirs.state_dict())
         low = DTYPES[cell["dtype"]]
-        self.layer = layer.to(low).to(device, dtype)
         self.training = cell["mode"] == "training"
+        self.layer = layer.to(low).to(device, dtype).train(self.training)
         self.x = torch.randn(steps, B, H).to(low).to(device, dtype).requires_grad_(self.training)
         self.lengths = None
         if cell["packed"]:
@@ -193,12 +194,12 @@ def measure(cell: dict[str, Any], device: str) -> Row:
     del exact
     worst = max(verdicts, key=lambda v: (not v.ok, v.error / max(v.allowed, 1e-30)))
     parity = {"ok": worst.ok, "worst": str(worst)}
-    row: Row = cell | {"parity": parity, "results": {}, "kernels": {}}
+    row: Row = cell | {"parity": parity, "results": {}}
     if not worst.ok:
         return row
     calls: dict[str, Callable[[], Any]] = dict(workloads)
     if on_gpu:
-        row["kernels"] = {name: kernel_names(call) for name, call in workloads.items()}
+        row["gpu_kernels"] = {name: kernel_names(call) for name, call in workloads.items()}
         for name, call in workloads.items():
             try:
                 calls[f"{name} {GRAPH}"] = captured(call)
@@ -224,9 +225,10 @@ class Run:
     """The file of a run, and its deadline."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.path = Path(options.json) if options.json else None
+        self.path = Path(options.json)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[Row] = []
-        if self.path and self.path.exists():
+        if self.path.exists():
             self.rows = json.loads(self.path.read_text())
         self.end = time.monotonic() + options.deadline
         self.rehearse: bool = options.rehearse
@@ -242,12 +244,16 @@ class Run:
 
     def add(self, row: Row) -> None:
         self.rows.append(row | self.shared)
-        if self.path:
-            save(self.path, self.rows)
+        save(self.path, self.rows)
 
     def has(self, stage: str, key: dict[str, Any]) -> bool:
-        wanted = {"stage": stage} | key
-        return any(all(row.get(k) == v for k, v in wanted.items()) for row in self.rows)
+        """Whether a good row of this commit and GPU is there."""
+        wanted = {"stage": stage, "commit": self.shared["commit"]} | key
+        wanted |= {"gpu": self.shared["gpu"]} if "gpu" in self.shared else {}
+        return any(
+            row.get("results") and all(row.get(k) == v for k, v in wanted.items())
+            for row in self.rows
+        )
 
 
 def probe(run: Run) -> bool:
@@ -267,7 +273,13 @@ def probe(run: Run) -> bool:
         return False
     if run.rehearse:
         return True
-    done = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=240)
+    try:
+        done = subprocess.run(
+            [str(program)], check=False, capture_output=True, text=True, timeout=PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired as stopped:
+        print(f"probe: stopped after {PROBE_SECONDS:.0f} s: {stopped.stdout}")
+        return False
     print(done.stdout + done.stderr, end="")
     for text in done.stdout.splitlines():
         run.add({"stage": "probe", **json.loads(text)})
@@ -277,18 +289,22 @@ def probe(run: Run) -> bool:
 def check(run: Run) -> bool:
     extra = ["-k", "test_long or behaviour"] if run.rehearse else []
     command = [sys.executable, "-m", "pytest", "-q", "tests/gpu", *extra]
-    seconds = max(10.0, run.left())
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, check=False, timeout=seconds, capture_output=True, text=True
-        )
-    except subprocess.TimeoutExpired:
-        print(f"check: stopped after {seconds:.0f} s")
-        return False
-    print(done.stdout[-3000:])
-    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-300:]
-    run.add({"stage": "check", "ok": done.returncode == 0, "summary": summary})
-    return done.returncode == 0
+    seconds = max(10.0, min(CHECK_SECONDS, run.left()))
+    log = run.path.with_suffix(".check.log")
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, check=False, timeout=seconds, stdout=file, stderr=file
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    text = log.read_text().strip().splitlines()
+    print("\n".join(text[-25:]))
+    summary = text[-1] if text else ""
+    if code is None:
+        summary = f"stopped after {seconds:.0f} s: {summary}"
+    run.add({"stage": "check", "ok": code == 0, "summary": summary})
+    return code == 0
 
 
 def progress(items: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
@@ -307,7 +323,11 @@ def time_cells(run: Run) -> bool:
         if run.left() < 5:
             say("time: the deadline; run again with the same file to go on")
             break
-        row = measure(cell, run.device)
+        try:
+            row = measure(cell, run.device)
+        except RuntimeError as error:  # out of memory, or what a library cannot do
+            text = str(error).strip().splitlines()[0]
+            row = cell | {"parity": {"ok": False, "worst": text}, "results": {}}
         good = good and row["parity"]["ok"]
         run.add({"stage": "time", **row})
         say(line(row))
@@ -316,10 +336,16 @@ def time_cells(run: Run) -> bool:
 
 @contextlib.contextmanager
 def machine(rehearse: bool) -> Iterator[None]:
-    """A GPU, with exact float32; or its kernels on the host."""
+    """A GPU, float32 exact for both libraries; or its kernels on the host."""
     if not rehearse:
+        flags = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = [flag.allow_tf32 for flag in flags]
+        for flag in flags:
+            flag.allow_tf32 = False
         with fastrnn.use_backend("native"):
             yield
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
         return
     sys.path.insert(0, str(ROOT / "tests"))
     import cuda_on_host
@@ -332,8 +358,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE, or go on with it")
-    parser.add_argument("--deadline", type=float, default=570.0, metavar="S", help="seconds (570)")
+    parser.add_argument(
+        "--json", metavar="FILE", default="build/gpu.json",
+        help="write the rows to FILE, or go on with it (build/gpu.json)",
+    )  # fmt: skip
+    parser.add_argument("--deadline", type=float, default=420.0, metavar="S", help="seconds (420)")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU")
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():

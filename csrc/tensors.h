@@ -44,7 +44,8 @@ inline ScalarType compute_dtype(ScalarType storage) {
   return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// While set, every tensor made here begins as NaN (0xFF in every byte): for tests, which then see what was not written.
+// While set, every tensor made here on the CPU begins as NaN (0xFF in every byte): for tests, which then see what was
+// not written.
 inline std::atomic<bool>& poison() {
   static std::atomic<bool> on{false};
   return on;
@@ -84,8 +85,10 @@ inline Tensor make(const Sizes& sizes, ScalarType dtype, const Place& place = {}
                                                        : aoti_torch_dtype_uint8();
   const int32_t device = place.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, device, place.index, &handle));
+  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                        strides.data(), type, device, place.index, &handle);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "fastrnn: out of memory: no tensor of shape ", text(sizes),
+                  " could be made on ", text(place));
   Tensor t(handle);
   const size_t bytes = static_cast<size_t>(dtype == ScalarType::Byte ? numel : numel * item_size(dtype));
   if (place.is_cpu()) prepare_memory(t.mutable_data_ptr(), bytes);

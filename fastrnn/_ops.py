@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import importlib.util
 import os
@@ -126,9 +127,12 @@ def why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
     assert data is not None
     if native_error is not None:
         return native_error
-    if not (data.is_cpu or data.is_meta or (data.is_cuda and has_cuda)):
-        why = " in this build: nvcc was not found" if data.is_cuda else ""
-        return f"there are no native kernels for device {data.device.type!r}{why}"
+    if data.is_cuda:
+        reason = _why_not_gpu(data.device)
+        if reason is not None:
+            return reason
+    elif not (data.is_cpu or data.is_meta):
+        return f"there are no native kernels for device {data.device.type!r}"
     if data.dtype not in _DTYPES:
         return f"there are no native kernels for {data.dtype}"
     if torch._C._are_functorch_transforms_active() or any(
@@ -140,6 +144,35 @@ def why_not_native(tensors: Sequence[Tensor | None]) -> str | None:
     ):
         return "the native kernels have no forward-mode derivative"
     return None
+
+
+@functools.cache
+def _why_not_gpu(device: torch.device) -> str | None:
+    """Why the kernels of this build do not run on a GPU; None if they do."""
+    if not has_cuda:
+        return "this build has no CUDA kernels (nvcc was not found, or FASTRNN_CUDA=0)"
+    built = str(importlib.import_module("fastrnn._C").build_info()["cuda"])
+    names = built.partition(" for ")[2].split()
+    capability = torch.cuda.get_device_capability(device)
+    if any(_runs(name, capability) for name in names):
+        return None
+    has = ".".join(map(str, capability))
+    return (
+        f"the CUDA kernels of this build are for {', '.join(names)}, and {device} has {has}: "
+        "build with it in TORCH_CUDA_ARCH_LIST"
+    )
+
+
+def _runs(built: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for an architecture of TORCH_CUDA_ARCH_LIST runs on a GPU: on later minor
+    versions of the same major one, with an `a` on nothing else, as PTX on everything later."""
+    name, _, ptx = built.partition("+")
+    exact = name.endswith("a")
+    major, minor = map(int, name.rstrip("af").split("."))
+    if exact:
+        return (major, minor) == capability
+    same = major == capability[0] and minor <= capability[1]
+    return same or (ptx == "PTX" and (major, minor) <= capability)
 
 
 def is_plain_native() -> bool:

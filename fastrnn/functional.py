@@ -237,7 +237,7 @@ def _cell(
     state_dtype = None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
         state_dtype = input.dtype if states[0] is None else states[0].dtype
-        if name == "RNNCell":
+        if name == "RNNCell" or input.is_cuda:
             state_dtype = torch.get_autocast_dtype(input.device.type)
     h, c = states
     if state_dtype is not None:

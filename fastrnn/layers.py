@@ -119,13 +119,17 @@ def _stack(
     h0, c0 = hx if spec.has_c and hx is not None else (hx, None)
     state_dtype = c_dtype = None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(data.device.type):
-        # As torch.nn: GRU and the packed LSTM without projection keep the dtype of their state
-        # (without hx: of the input), the others take the autocast dtype; with a projection c_n
-        # keeps its own.
-        if cell == "gru" or (cell == "lstm" and batch_sizes is not None and not spec.proj_size):
+        # As torch.nn: on a GPU everything takes the autocast dtype. On the CPU GRU and the packed
+        # LSTM without projection keep the dtype of their state (without hx: of the input), the
+        # others take the autocast dtype; with a projection c_n keeps its own.
+        keeps = cell == "gru" or (
+            cell == "lstm" and batch_sizes is not None and not spec.proj_size
+        )
+        if keeps and not data.is_cuda:
             state_dtype = data.dtype if h0 is None else h0.dtype
         else:
-            c_dtype = (data if c0 is None else c0).dtype if spec.proj_size else None
+            if spec.proj_size and not data.is_cuda:
+                c_dtype = (data if c0 is None else c0).dtype
             state_dtype = torch.get_autocast_dtype(data.device.type)
     if state_dtype is not None:
         data, weights, h0, c0 = cast(state_dtype, data, weights, h0, c0)

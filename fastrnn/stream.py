@@ -88,7 +88,9 @@ def _run(module: Any, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any]
     direct: DirectCall | None = attributes.get("_direct_call")
     result = None if direct is None else direct.call(attributes, input, state, out)
     if result is None:
-        if torch.is_grad_enabled() or type(input) is not Tensor or not _ops.is_plain_native():
+        if torch.is_grad_enabled() or type(input) is not Tensor or not input.is_cpu:
+            return None
+        if not _ops.is_plain_native():
             return None
         if module.training and attributes.get("dropout"):
             return None

@@ -22,7 +22,7 @@ def plan(device: str = "h200", kernel: str = "auto", **shape: Any) -> dict[str, 
 # Shape -> units of a thread, threads of a direction, blocks, steps of a chunk, launches.
 TABLE: list[tuple[dict[str, Any], tuple[int, int, int, int, int]]] = [
     ({}, (4, 4096, 16, 256, 515)),
-    ({"D": 2}, (4, 4096, 32, 128, 519)),
+    ({"D": 2}, (4, 4096, 32, 128, 521)),
     ({"H": 77, "B": 5}, (1, 385, 2, 256, 515)),
     ({"item_bytes": 8}, (2, 8192, 32, 128, 516)),
     ({"item_bytes": 8, "H": 1, "B": 1, "T": 1}, (1, 1, 1, 1, 5)),
@@ -51,7 +51,7 @@ def test_requests() -> None:
     assert plan(kernel="step")["kernel"] == "step"
     with pytest.raises(ValueError, match=r"persistent-grid.* not in this version"):
         plan(kernel="persistent-grid")
-    with pytest.raises(ValueError, match="there are step"):
+    with pytest.raises(ValueError, match="there are auto, step"):
         plan(kernel="magic")
     for wrong in ({"T": 0}, {"B": 0}, {"H": -1}, {"D": 0}, {"I": -1}):
         with pytest.raises(ValueError, match="at least"):
@@ -82,3 +82,15 @@ def test_wrong_questions(
     with pytest.raises(SystemExit):
         info.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("9.0", (9, 0), True), ("9.0", (8, 0), False), ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False), ("10.0", (9, 0), False), ("9.0a", (9, 0), True),
+        ("9.0a", (9, 1), False), ("8.0+PTX", (9, 0), True), ("12.0+PTX", (10, 0), False),
+    ],
+)  # fmt: skip
+def test_architectures(built: str, capability: tuple[int, int], runs: bool) -> None:
+    assert _ops._runs(built, capability) == runs

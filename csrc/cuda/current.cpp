@@ -1,57 +1,47 @@
 #include "current.h"
 
-#include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <cstdlib>
 
 #include "device.h"
+#include "plan.h"
 
 namespace fastrnn::cuda {
 namespace {
 
-void check_cuda(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "fastrnn: ", what, ": ", cudaGetErrorString(error));
-}
-
-// torch's current stream. The function lies in libtorch_cuda, which a torch for the CPU does not have: found by name,
-// so that the extension loads there too.
+// torch's current stream. The function lies in libtorch_cuda, which a torch for the CPU does not have: found in the
+// library that is loaded, so that the extension loads there too.
 Queue current_stream(int32_t index) {
   using Function = AOTITorchError (*)(int32_t, void**);
-  static const Function function =
-      reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  STD_TORCH_CHECK(function, "fastrnn: this torch has no CUDA: aoti_torch_get_current_cuda_stream is missing");
+  static const Function function = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(function, "fastrnn: this torch has no CUDA: libtorch_cuda is not loaded");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(function(index, &stream));
   return stream;
 }
 
-// Makes a GPU the current one and, when it goes, the one before.
-class CurrentGpu {
- public:
-  explicit CurrentGpu(int32_t index) {
-    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != index) check_cuda(cudaSetDevice(index), "cudaSetDevice");
-  }
-  CurrentGpu(const CurrentGpu&) = delete;
-  ~CurrentGpu() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
-
-// FASTRNN_CUDA_KERNEL asks for kernels; there is one kind in this version.
+// FASTRNN_CUDA_KERNEL asks for kernels.
 void check_request() {
   const char* const asked = std::getenv("FASTRNN_CUDA_KERNEL");
-  const std::string name = asked && *asked ? asked : "auto";
-  STD_TORCH_CHECK(name == "auto" || name == "step", "fastrnn: FASTRNN_CUDA_KERNEL=", name,
-                  " cannot be met: this version has auto and step");
+  const std::string reason = asked && *asked ? why_not_kernel(asked) : "";
+  STD_TORCH_CHECK(reason.empty(), "fastrnn: FASTRNN_CUDA_KERNEL=", asked, " cannot be met: ", reason);
 }
+
+// Makes a GPU the current one and, when it goes, the one before.
+struct CurrentGpu {
+  torch::stable::accelerator::DeviceGuard guard;
+};
 
 class Gpu final : CurrentGpu, public StepDevice {
  public:
   explicit Gpu(int32_t index)
-      : CurrentGpu(index), StepDevice({DeviceType::CUDA, index}, step_kernels(), current_stream(index)) {
+      : CurrentGpu{torch::stable::accelerator::DeviceGuard(index)},
+        StepDevice({DeviceType::CUDA, index}, step_kernels(), current_stream(index)) {
     check_request();
   }
 };

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "plan.h"
+#include "step_kernels.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -132,9 +133,6 @@ FASTRNN_FN void store(T* target, const Compute<T>* source) {
   for (int i = 0; i < kUnits; ++i) narrow(source[i], pack.unit[i]);
   *reinterpret_cast<Pack<T, kUnits>*>(target) = pack;
 }
-
-// Where kernels are put: a CUDA stream; the host has none.
-using Queue = void*;
 
 inline void check_grid(int64_t items, int64_t groups) {
   if (items < 0 || items > kMostBlocks * kBlockThreads || groups < 0 || groups > kMostGroups)

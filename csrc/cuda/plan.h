@@ -32,7 +32,7 @@ struct PlanShape {
   int64_t item_bytes, compute_bytes;  // of an element of Storage and of Compute
 };
 
-constexpr int kBlockThreads = 256;  // of every gate kernel: full multiprocessors at up to 80 registers a thread
+constexpr int kBlockThreads = 256;  // of every gate kernel: at up to 80 registers a thread, three blocks at a time
 constexpr int64_t kMostBlocks = 2147483647, kMostGroups = 65535;  // of a grid, in x and y
 
 // Of input products that are there at a time: enough rows for a product at full speed, little beside what training
@@ -53,13 +53,20 @@ constexpr int64_t chunk_rows(int64_t rows, int64_t B, int64_t row_bytes) {
   return std::max(B, std::min(rows, kChunkBytes / std::max<int64_t>(row_bytes, 1)));
 }
 
+// Why these kernels, by their name, are not to be had in this version; empty if they are.
+inline std::string why_not_kernel(const std::string& name) {
+  if (name == "auto" || name == "step") return "";
+  if (name == "persistent-block" || name == "persistent-grid") return "not in this version";
+  return "there are auto, step, persistent-block and persistent-grid";
+}
+
 struct Plan {
   std::string kernel, why;           // chosen, and the reason
   std::vector<std::string> against;  // "kernel: reason", for each of the others
   int units;                         // of a thread of the gate kernel
   int64_t threads, blocks;           // of a step's gate kernel
   int64_t chunk_steps;               // steps whose input products are computed together
-  int64_t launches;                  // of a forward pass
+  int64_t launches;                  // of a forward pass with biases and without projection
 };
 
 // kernel: "auto", or the one that is asked for; throws std::invalid_argument where that cannot run it.
@@ -76,22 +83,21 @@ inline Plan plan_pass(const PlanShape& s, const GpuFacts& gpu, const std::string
   const int64_t rows = chunk_rows(s.T * s.B, s.B, s.D * cell.gates * s.H * s.compute_bytes);
   plan.chunk_steps = std::max<int64_t>(1, std::min(s.T, rows / std::max<int64_t>(s.B, 1)));
   const int64_t chunks = (s.T + plan.chunk_steps - 1) / plan.chunk_steps;
-  plan.launches = 1 + s.D + chunks * s.D + 2 * s.T;  // states, biases, input products, steps
+  const int64_t copies = s.D > 1 ? s.D : 0;                   // of weight_hh, so that it stands as one batch
+  plan.launches = 1 + s.D + copies + chunks * s.D + 2 * s.T;  // states, biases, copies, input products, steps
   const int64_t weights = cell.gates * s.H * s.H * s.item_bytes;
   const int64_t block = gpu.register_bytes * 3 / 4, all = (block + gpu.shared_bytes * 2 / 3) * gpu.multiprocessors;
   const auto kib = [](int64_t bytes) { return std::to_string((bytes + 1023) / 1024) + " KiB"; };
   const auto refuse = [&](const char* kernel, int64_t room, const char* where) {
     const std::string fits = weights <= room ? "would fit" : "does not fit";
-    plan.against.push_back(std::string(kernel) + ": not in this version (weight_hh of " + kib(weights) + " " + fits +
-                           " into the " + kib(room) + " " + where + ")");
+    plan.against.push_back(std::string(kernel) + ": " + why_not_kernel(kernel) + " (weight_hh of " + kib(weights) +
+                           " " + fits + " into the " + kib(room) + " " + where + ")");
   };
   refuse("persistent-block", block, "of one multiprocessor's registers");
   refuse("persistent-grid", all / s.D, "of all multiprocessors' registers and shared memory for a direction");
-  if (kernel == "auto" || kernel == plan.kernel) return plan;
-  std::string reasons = "fastrnn: kernel '" + kernel + "' cannot run this";
-  for (const std::string& reason : plan.against)
-    if (reason.rfind(kernel + ":", 0) == 0) throw std::invalid_argument(reasons + ": " + reason);
-  throw std::invalid_argument(reasons + ": there are step, persistent-block and persistent-grid");
+  if (const std::string reason = why_not_kernel(kernel); !reason.empty())
+    throw std::invalid_argument("fastrnn: kernel '" + kernel + "' cannot run this: " + reason);
+  return plan;
 }
 
 }  // namespace fastrnn::cuda

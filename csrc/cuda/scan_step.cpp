@@ -216,14 +216,22 @@ class BackwardPass : Pass {
     project.dp = a.projected ? dp.mutable_data_ptr() : nullptr;
     project.dprojected = a.dprojected, project.before = a.before, project.dh0 = a.dh0;
 
+    int64_t last_count = -1;
+    Tensor product_rows, dr_rows, dp_rows, unprojected_rows;
     for (int64_t t = a.T - 1; t >= -1; --t) {  // -1: the gradients of the initial states
       if (t < 0 && !a.dh0 && !a.dc0) break;
       for (int reverse : {0, 1}) step.rows[reverse] = project.rows[reverse] = rows_at(t, reverse);
-      if (const int64_t count = most_rows(t + 1); count > 0 && (t >= 0 || a.dh0))
-        gemm(rows_of(product, count), rows_of(dr, count), hh);
+      const int64_t entered = most_rows(t + 1), count = most_rows(t);
+      if (const int64_t most = std::max(entered, count); most != last_count) {
+        last_count = most;
+        product_rows = rows_of(product, most), dr_rows = rows_of(dr, most);
+        if (a.projected) dp_rows = rows_of(dp, most), unprojected_rows = rows_of(unprojected, most);
+      }
+      // Rows beyond those of the step are multiplied too: what they hold is read by nobody.
+      if (entered > 0 && (t >= 0 || a.dh0)) gemm(product_rows, dr_rows, hh);
       if (a.projected) {
         on.kernels.backward_project(project, on.queue);
-        if (const int64_t count = most_rows(t); count > 0) gemm(rows_of(unprojected, count), rows_of(dp, count), hr);
+        if (count > 0) gemm(unprojected_rows, dp_rows, hr);
       }
       on.kernels.backward(step, on.queue);
     }

@@ -6,16 +6,18 @@
 
 namespace fastrnn::cuda {
 
-using Queue = void*;
+using Queue = void*;  // where kernels are put: a CUDA stream; the host has none
 
 // What differs between the groups that run forward (0) and in reverse (1) in one step.
 struct StepRows {
-  int64_t row;    // first data row of the step
-  int64_t count;  // rows that take part in it
-  int64_t
-      count_next;  // rows that take part in the next step of the pass (forward), or took part in the last (backward)
-  int64_t row_before, count_before;  // of the time step before this one (backward): its first row, rows that have one
-  int64_t gates_row;                 // first row of the step in the input products (forward)
+  // The first data row of the step, and the rows that take part in it.
+  int64_t row, count;
+  // Rows that take part in the next step (forward), or that took part in the step run before (backward).
+  int64_t count_next;
+  // Backward: the first data row of the time step before this one, and how many rows have one.
+  int64_t row_before, count_before;
+  // Forward: the first row of the step in the input products.
+  int64_t gates_row;
 };
 
 struct StepShape {
@@ -68,9 +70,10 @@ struct ProjectArgs : StepShape {
 // A backward step of the cell. Rows beyond `count` have run their first step: gradients of their initial states.
 struct BackwardArgs : StepShape {
   StepRows rows[2];
-  const void*
-      product;  // Compute [D, product_rows, P] gradient of h from the step run before; projected: [.., H] of the
-  int64_t product_rows;  // unprojected h, of all rows of the step
+  // Compute [D, product_rows, P] gradient of h from the step run before; projected: [.., H], of the unprojected h of
+  // all rows of the step.
+  const void* product;
+  int64_t product_rows;
   const void *doutput, *dh_n, *dc_n, *output, *cells, *saved, *h0, *c0;
   void* dr;  // Storage [D, B, G, H] panel: gradient of the recurrent pre-activations
   void* dh;  // Compute [D, B, H] panel: the part of the gradient of h that does not pass through the product
@@ -89,7 +92,7 @@ struct BackwardProjectArgs : StepShape {
   void *dprojected, *before, *dh0;
 };
 
-// sum[i] += term[i], count elements of Compute.
+// sum[row, column] += term[row, column], Compute; count elements of term [rows, columns], rows of sum sum_stride apart.
 struct AddArgs {
   Dtype dtype;
   const void* term;

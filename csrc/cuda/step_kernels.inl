@@ -25,23 +25,23 @@ FASTRNN_FN T* at(void* array) {
   return static_cast<T*>(array);
 }
 
-template <class T, int kUnits>
+template <class T>
 struct Enter {
   EnterArgs a;
 
   FASTRNN_FN void operator()(Thread thread) const {
     using S = Compute<T>;
-    const int64_t H = a.H / kUnits, b = thread.item / H, j = thread.item % H * kUnits, row = thread.group * a.B + b;
-    S unit[kUnits];
+    const int64_t width = a.H > a.P ? a.H : a.P, b = thread.item / width, j = thread.item % width;
+    const int64_t row = thread.group * a.B + b;
+    S unit;
     if (j < a.P) {
-      load_or_zero<T, kUnits>(at<T>(a.h0), row * a.P + j, unit);
-      store<T, kUnits>(at<T>(a.h) + row * a.P + j, unit);
+      load_or_zero<T, 1>(at<T>(a.h0), row * a.P + j, &unit);
+      store<T, 1>(at<T>(a.h) + row * a.P + j, &unit);
     }
-    if (!a.c) return;
-    load_or_zero<T, kUnits>(at<T>(a.c0), row * a.H + j, unit);
-    store<S, kUnits>(at<S>(a.c) + row * a.H + j, unit);
+    if (j >= a.H || !a.c) return;
+    load_or_zero<T, 1>(at<T>(a.c0), row * a.H + j, &unit);
+    store<S, 1>(at<S>(a.c) + row * a.H + j, &unit);
   }
-  static int64_t items(const EnterArgs& a) { return a.B * a.H / kUnits; }
 };
 
 template <class Cell, class T>
@@ -357,7 +357,7 @@ void launch_dtype(const Args& a, int64_t items, int64_t groups, Queue queue) {
 void enter(const EnterArgs& a, Queue queue) {
   with_dtype(a.dtype, [&](auto* dtype) {
     using T = std::remove_pointer_t<decltype(dtype)>;
-    launch(Enter<T, 1>{a}, Enter<T, 1>::items(a), a.D, queue);
+    launch(Enter<T>{a}, a.B * std::max(a.H, a.P), a.D, queue);
   });
 }
 void bias(const BiasArgs& a, Queue queue) {

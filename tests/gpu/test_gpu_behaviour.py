@@ -141,11 +141,24 @@ def test_nothing_waits_for_the_device(device: str) -> None:
 
 @needs_gpu
 def test_tf32_flags_are_honoured(device: str) -> None:
-    layer, _ = both("LSTM", device)
-    x = torch.randn(64, 256, 6, device=device)
+    layer = fastrnn.LSTM(512, 512).to(device)
+    x = torch.randn(8, 64, 512, device=device)
     exact = layer(x)[0]
     torch.backends.cuda.matmul.allow_tf32 = True
-    assert (layer(x)[0] - exact).abs().max() < 1e-2
+    difference = (layer(x)[0] - exact).abs().max()
+    assert 0 < difference < 1e-2
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", [*LAYERS, "RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(device: str, name: str, dtype: torch.dtype) -> None:
+    """The dtype of autocast; torch.nn's layers give float16 even under bfloat16."""
+    layer = getattr(fastrnn, name)(6, 16).to(device)
+    x = torch.randn(*((5, 3, 6) if name in LAYERS else (3, 6)), device=device)
+    with torch.autocast("cuda", dtype=dtype):
+        result = layer(x)
+    assert (result[0] if isinstance(result, tuple) else result).dtype == dtype
 
 
 @needs_gpu
