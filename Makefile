@@ -19,7 +19,7 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+CPP_FILES = $(shell find csrc tests bench -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 .NOTPARALLEL:  # pip twice at a time in one environment
 .PHONY: demo test env build sanitize fuzz bench gpu format clean
