@@ -342,10 +342,12 @@ def machine(rehearse: bool) -> Iterator[None]:
         before = [flag.allow_tf32 for flag in flags]
         for flag in flags:
             flag.allow_tf32 = False
-        with fastrnn.use_backend("native"):
-            yield
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
+        try:
+            with fastrnn.use_backend("native"):
+                yield
+        finally:
+            for flag, value in zip(flags, before, strict=True):
+                flag.allow_tf32 = value
         return
     sys.path.insert(0, str(ROOT / "tests"))
     import cuda_on_host

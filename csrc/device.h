@@ -34,7 +34,7 @@ class Device {
   virtual Tensor zeros(const Sizes& sizes, ScalarType dtype) const = 0;
 
   // Memory for the gradients of gates, aligned to a cache line, until the device goes; and their dtype, for tensors of
-  // a dtype. The products take them, and make results of this dtype.
+  // a dtype. The products and sums take them, and make results of the compute dtype.
   virtual char* take_between(size_t bytes) = 0;
   virtual ScalarType between_dtype(ScalarType storage) const = 0;
 

@@ -83,13 +83,13 @@ class DirectCall {
         drops_out(attributes))
       return py::none();
     Borrowed borrowed;
-    py::object h = borrow(state), c = none_, h_n = borrow(out), c_n = none_;
+    py::object x = borrow(input), h = borrow(state), c = none_, h_n = borrow(out), c_n = none_;
     if (has_c_ && !(take_pair(state, h, c) && take_pair(out, h_n, c_n))) return py::none();
     Operands of;
     TensorView h_out, c_out;
-    if (!find_weights(attributes, borrowed) || !find_input(input, of.x, borrowed)) return py::none();
+    if (!find_weights(attributes, borrowed) || !find_input(x, of.x)) return py::none();
     const Shape h_shape = state_shape(of.x.shape, kind_.P), c_shape = state_shape(of.x.shape, kind_.H);
-    if (!find_state(h, h_shape, of.h, borrowed) || !find_state(c, c_shape, of.c, borrowed) || !find_out(h_n, h_out) ||
+    if (!find_state(h, h_shape, of.h) || !find_state(c, c_shape, of.c) || !find_out(h_n, h_out) ||
         !find_out(c_n, c_out))
       return py::none();
     StepCall steps;
@@ -98,11 +98,11 @@ class DirectCall {
     if (!out.is_none()) {
       if (!steps.may_write(h_out, c_out)) return py::none();
     } else {
-      new_state = make(h, of.h, input, h_shape, steps.dtype(), h_out);
-      if (has_c_) new_state = pair(new_state, make(c, of.c, input, c_shape, steps.dtype(), c_out));
+      new_state = make(h, of.h, x, h_shape, steps.dtype(), h_out);
+      if (has_c_) new_state = pair(new_state, make(c, of.c, x, c_shape, steps.dtype(), c_out));
     }
     TensorView y;
-    const py::object output = make(input, of.x, input, steps.output_shape(), steps.dtype(), y);
+    const py::object output = make(x, of.x, x, steps.output_shape(), steps.dtype(), y);
     {
       const py::gil_scoped_release release;
       steps.run(y, h_out, c_out);
@@ -113,7 +113,7 @@ class DirectCall {
  private:
   using Layout = PythonTensors::Layout;
 
-  // What a call reads, and references to it: another thread may drop it meanwhile.
+  // The weights of a call, and references to them: another thread may drop them meanwhile.
   struct Borrowed {
     std::vector<TensorView> weights;
     std::vector<py::object> kept;
@@ -130,31 +130,32 @@ class DirectCall {
     return {3, {kind_.L, input.sizes[input.dim - 2], width}};
   }
 
-  bool find_input(const py::handle& input, TensorView& found, Borrowed& borrowed) const {
+  // What an argument holds; one that is not contiguous is replaced by its copy.
+  bool find_input(py::object& input, TensorView& found) const {
     const Layout layout = tensors_.find(input, found);
     if (layout != Layout::kStrided || found.shape.sizes[found.shape.dim - 1] != kind_.I)
       return layout == Layout::kContiguous;
-    return find_copy(input, found, borrowed);
+    return find_copy(input, found);
   }
 
-  // Nothing for None.
-  bool find_state(const py::object& state, const Shape& shape, TensorView& found, Borrowed& borrowed) const {
+  // The same; nothing for None.
+  bool find_state(py::object& state, const Shape& shape, TensorView& found) const {
     if (state.is_none()) return true;
     const Layout layout = tensors_.find(state, found);
     if (layout != Layout::kStrided || !(found.shape == shape)) return layout == Layout::kContiguous;
-    return find_copy(state, found, borrowed);
+    return find_copy(state, found);
   }
 
-  bool find_copy(const py::handle& object, TensorView& found, Borrowed& borrowed) const {
-    borrowed.kept.push_back(tensors_.contiguous(object));
-    return tensors_.find(borrowed.kept.back(), found) == Layout::kContiguous;
+  bool find_copy(py::object& object, TensorView& found) const {
+    object = tensors_.contiguous(object);
+    return tensors_.find(object, found) == Layout::kContiguous;
   }
 
   bool find_out(const py::object& out, TensorView& found) const {
     return out.is_none() || tensors_.find(out, found) == Layout::kContiguous;
   }
 
-  // A new tensor: like one of this shape and dtype, if that is one.
+  // A new contiguous tensor: like one of this shape and dtype, which is contiguous, if that is one.
   py::object make(const py::handle& like, const TensorView& view, const py::handle& input, const Shape& shape,
                   ScalarType dtype, TensorView& made) const {
     if (view.data && view.shape == shape && view.dtype == dtype) return tensors_.make_like(like, view, made);
@@ -177,7 +178,7 @@ class DirectCall {
       return false;
     const py::object parameters = borrow(found_parameters), buffers = borrow(found_buffers);
     borrowed.weights.resize(names_.size());
-    borrowed.kept.reserve(names_.size() + 3);
+    borrowed.kept.reserve(names_.size());
     for (size_t i = 0; i < names_.size(); ++i) {
       const auto& [is_parameter, name] = names_[i];
       const py::handle weight = PlainCalls::item(is_parameter ? parameters : buffers, name);

@@ -139,6 +139,11 @@ CASES = _varied(
      {"frozen": ("weight_ih_l0", "bias_hh_l0", "weight_hr_l0"), "layers": 2}),
     ("eval", "evaluation mode still has a backward pass", {"training": False, "layers": 2}),
     ("no-grad", "no graph is recorded", {"grad": False, "layers": 2}),
+    ("no-grad-square", "results shaped as an input that is not contiguous",
+     {"grad": False, "batch_first": True, "I": 8}),
+    ("no-grad-strided", "input and states that are not contiguous",
+     {"grad": False, "strided": True, "hx": "strided", "I": 8}),
+    ("no-grad-expanded", "states that are one row", {"grad": False, "hx": "expanded", "I": 8}),
 )  # fmt: skip
 
 
@@ -197,7 +202,8 @@ class Problem:
         module = self.make(namespace, dtype).to(device)
         input, hx, leaves = self.arguments(dtype, device)
         torch.manual_seed(self.seed)  # the dropout masks
-        return run_layer(module, input, hx, self.cotangents if self.case.grad else None, leaves)
+        with torch.set_grad_enabled(self.case.grad):
+            return run_layer(module, input, hx, self.cotangents if self.case.grad else None, leaves)
 
 
 def rows(case: Case) -> int:
