@@ -8,6 +8,7 @@
 #   make fuzz      10,000 random configurations against torch.nn
 #   make bench     the CPU benchmarks                          (ARGS="--help")
 #   make gpu       on a machine with an NVIDIA GPU: builds into its own Python, probes, checks, times
+#   make gpu-sanitize  its tests there under compute-sanitizer
 #   make format    rewrites csrc/ as clang-format wants it
 #   make clean     removes what was built; `rm -rf .venv` removes the environment
 #
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 CPP_FILES = $(shell find csrc tests bench -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 .NOTPARALLEL:  # pip twice at a time in one environment
-.PHONY: demo test env build sanitize fuzz bench gpu format clean
+.PHONY: demo test env build sanitize fuzz bench gpu gpu-sanitize format clean
 
 demo: build
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -83,6 +84,14 @@ ARCHITECTURE = $$($(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_dev
 gpu:
 	TORCH_CUDA_ARCH_LIST=$(ARCHITECTURE) FASTRNN_BUILD=1 FASTRNN_CUDA=1 $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m bench.gpu $(ARGS)  # --deadline: 420 seconds, so that with the build it takes ten minutes
+
+# What compute-sanitizer finds in the kernels: of the device's memory, one tensor a block of its own, and of races.
+# Graphs of tensors are not to be had that way.
+gpu-sanitize:
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+			$(PYTHON) -m pytest -q tests/gpu -k "not graph and (float32 or bfloat16)" $(ARGS) || exit 1; \
+	done
 
 format: env
 	$(BIN)/clang-format -i $(CPP_FILES)

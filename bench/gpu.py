@@ -4,8 +4,10 @@
 
     probe   what decides the protocol of persistent kernels (bench/gpu_probe.cu)
     check   tests/gpu
-    time    fastrnn against torch.nn (cuDNN), each eager and captured in a CUDA graph, cells in the
-            order of their importance; what breaks the rule of fastrnn.parity is not timed
+    time    fastrnn, step by step and with graphs of its own, against torch.nn (cuDNN), each eager
+            and captured in a CUDA graph, and the libraries of bench/gpu_rivals.py that are
+            installed; cells in the order of their importance; what breaks the rule of
+            fastrnn.parity is not timed
 
 The file is written after every cell; a cell that it holds already is not measured again.  At the
 deadline the run ends with what it has.  --rehearse goes through all of it on a machine without a
@@ -18,22 +20,19 @@ import argparse
 import contextlib
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from bench.environment import environment
+from bench.gpu_cells import cells, measure
 from bench.rows import Row, save
-from fastrnn.parity import compare
 
 try:
     from tqdm import tqdm
@@ -42,171 +41,7 @@ except ImportError:  # images for GPUs may not have it, and have no network
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("probe", "check", "time")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-T = 256
-ROUNDS, SECONDS = 9, 0.15  # of a contender in a cell
 PROBE_SECONDS, CHECK_SECONDS = 60.0, 200.0  # at most
-GRAPH = "captured"  # in the names of contenders
-
-
-def cells(rehearse: bool) -> list[dict[str, Any]]:
-    """The cells of the study's grid, the most important ones first."""
-
-    def cell(kind: str, dtype: str, B: int, H: int, mode: str, **options: Any) -> dict[str, Any]:
-        sizes = {"T": 7, "B": min(B, 3), "H": 8} if rehearse else {"T": T, "B": B, "H": H}
-        options = {"layers": 1, "bidirectional": False, "packed": False} | options
-        return {"cell": kind, "dtype": dtype, "mode": mode} | sizes | options
-
-    modes = ("training", "inference")
-    first = [
-        cell(kind, "bfloat16", B, H, mode)
-        for H in (512, 1024, 256)
-        for B in (32, 8, 1, 128)
-        for kind in ("LSTM", "GRU")
-        for mode in modes
-    ]
-    options: list[dict[str, Any]] = [
-        {"bidirectional": True}, {"packed": True}, {"layers": 2, "bidirectional": True},
-    ]  # fmt: skip
-    second = [
-        cell(kind, "bfloat16", 32, 512, mode, **extra)
-        for extra in options
-        for kind in ("LSTM", "GRU", "RNN")
-        for mode in modes
-    ]
-    third = [
-        cell(kind, dtype, B, H, mode)
-        for dtype in ("float16", "float32", "bfloat16")
-        for H in (512, 128, 64, 1024, 2048, 256)
-        for B in (32, 8, 1, 128)
-        for kind in ("LSTM", "GRU", "RNN")
-        for mode in modes
-    ]
-    chosen: list[dict[str, Any]] = []
-    for one in first + second + third:
-        if one not in chosen:
-            chosen.append(one)
-    return chosen[:6] if rehearse else chosen
-
-
-class Workload:
-    """One cell's layer of a library, its input and what a call computes."""
-
-    def __init__(self, cell: dict[str, Any], library: Any, dtype: torch.dtype, device: str) -> None:
-        torch.manual_seed(0)
-        H, B, steps = cell["H"], cell["B"], cell["T"]
-        options = {"num_layers": cell["layers"], "bidirectional": cell["bidirectional"]}
-        theirs = getattr(nn, cell["cell"])(H, H, **options)
-        layer: nn.Module = getattr(library, cell["cell"])(H, H, **options)
-        layer.load_state_dict(theirs.state_dict())
-        low = DTYPES[cell["dtype"]]
-        self.training = cell["mode"] == "training"
-        self.layer = layer.to(low).to(device, dtype).train(self.training)
-        self.x = torch.randn(steps, B, H).to(low).to(device, dtype).requires_grad_(self.training)
-        self.lengths = None
-        if cell["packed"]:
-            self.lengths = torch.linspace(steps, max(1, steps // 20), B).long()
-        self.cotangent: Tensor | None = None
-
-    def __call__(self) -> dict[str, Tensor]:
-        x: Any = self.x
-        if self.lengths is not None:
-            x = pack_padded_sequence(x, self.lengths)
-        with torch.set_grad_enabled(self.training):
-            output, state = self.layer(x)
-        y = output if self.lengths is None else output.data
-        h_n = state if isinstance(state, Tensor) else state[0]
-        found = {"output": y.detach(), "h_n": h_n.detach()}
-        if not self.training:
-            return found
-        if self.cotangent is None:
-            pattern = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
-            self.cotangent = pattern.reshape(y.shape).to(y.dtype)
-        leaves = {"input": self.x, **dict(self.layer.named_parameters())}
-        gradients = torch.autograd.grad(y, list(leaves.values()), self.cotangent)
-        return found | {f"d {n}": g for n, g in zip(leaves, gradients, strict=True)}
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def clock(calls: dict[str, Callable[[], Any]], on_gpu: bool) -> dict[str, dict[str, float]]:
-    """Seconds of each call, the calls taking turns: median, 20th and 80th percentile of rounds."""
-
-    def turn(call: Callable[[], Any], repeats: int) -> float:
-        if not on_gpu:
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            return (time.perf_counter() - begin) / repeats
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-
-    once = {name: (turn(call, 1), turn(call, 1))[1] for name, call in calls.items()}
-    repeats = {n: max(1, min(100, int(SECONDS / ROUNDS / max(s, 1e-9)))) for n, s in once.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS if on_gpu else 1):
-        for name, call in calls.items():
-            times[name].append(turn(call, repeats[name]))
-    result = {}
-    for name, values in times.items():
-        values.sort()
-        last = len(values) - 1
-        result[name] = {
-            "p20": values[round(0.2 * last)],
-            "median": statistics.median(values),
-            "p80": values[round(0.8 * last)],
-        }
-    return result
-
-
-def kernel_names(call: Callable[[], Any]) -> dict[str, int]:
-    """The kernels of one call on the GPU, and how often each ran."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return {event.key[:120]: event.count for event in profile.key_averages()}
-
-
-def measure(cell: dict[str, Any], device: str) -> Row:
-    """Check a cell by the rule, and time it."""
-    on_gpu, low = device == "cuda", DTYPES[cell["dtype"]]
-    libraries = {"torch.nn": nn, "fastrnn": fastrnn}
-    workloads = {name: Workload(cell, lib, low, device) for name, lib in libraries.items()}
-    exact = Workload(cell, nn, torch.float64, device)()
-    verdicts = compare(workloads["fastrnn"](), workloads["torch.nn"](), exact)
-    del exact
-    worst = max(verdicts, key=lambda v: (not v.ok, v.error / max(v.allowed, 1e-30)))
-    parity = {"ok": worst.ok, "worst": str(worst)}
-    row: Row = cell | {"parity": parity, "results": {}}
-    if not worst.ok:
-        return row
-    calls: dict[str, Callable[[], Any]] = dict(workloads)
-    if on_gpu:
-        row["gpu_kernels"] = {name: kernel_names(call) for name, call in workloads.items()}
-        for name, call in workloads.items():
-            try:
-                calls[f"{name} {GRAPH}"] = captured(call)
-            except RuntimeError as error:
-                row[f"{name} not captured"] = str(error).splitlines()[0]
-    row["results"] = clock(calls, on_gpu)
-    return row
 
 
 def line(row: Row) -> str:

@@ -7,6 +7,10 @@
 #include "problem.h"
 #include "python_stream.h"
 
+#if defined(FASTRNN_CUDA)
+#include "cuda/python_graphs.h"
+#endif
+
 #define FASTRNN_TEXT_(x) #x
 #define FASTRNN_TEXT(x) FASTRNN_TEXT_(x)
 
@@ -102,4 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &fastrnn::cpu_isa);
   m.def("set_cpu_isa", &fastrnn::set_cpu_isa, py::arg("name"));
   fastrnn::bind_stream(m);
+#if defined(FASTRNN_CUDA)
+  fastrnn::bind_graphs(m);
+#endif
 }

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import cuda_graphs, reference
 
 
 def _load() -> str | None:
@@ -57,6 +57,11 @@ native_error: str | None = _load()
 has_cuda: bool = native_error is None and torch._C._dispatch_has_kernel_for_dispatch_key(
     "fastrnn::layer", "CUDA"
 )
+if has_cuda:
+    importlib.import_module("fastrnn._C").record_programs(
+        is_ready=cuda_graphs.is_ready, record=cuda_graphs.record,
+        product_settings=cuda_graphs.product_settings,
+    )  # fmt: skip
 
 _NAMES = ("auto", "native", "reference")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

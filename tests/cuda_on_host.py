@@ -4,6 +4,7 @@ torch.ops.fastrnn_cuda_on_host."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -12,7 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +22,9 @@ from fastrnn import _ops, stream
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
-    "csrc/ops.cpp", "csrc/cuda/device.cpp", "csrc/cuda/scan_step.cpp", "tests/cpp/cuda_on_host.cpp",
+    "csrc/ops.cpp", "csrc/cuda/device.cpp", "csrc/cuda/program.cpp",
+    "csrc/cuda/scan_step_forward.cpp", "csrc/cuda/scan_step_backward.cpp",
+    "tests/cpp/cuda_on_host.cpp",
 ]  # fmt: skip
 
 
@@ -41,13 +44,14 @@ def _flags() -> list[str]:
         "g++", "-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall",
         "-Wextra", *sanitizers, f"-I{ROOT / 'csrc'}", "-isystem", str(include),
         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFASTRNN_LIBRARY=fastrnn_cuda_on_host",
-        "-DFASTRNN_CHUNK_BYTES=2000",  # so that a pass has several chunks
+        # So that a pass has several chunks, and chunks several programs.
+        "-DFASTRNN_CHUNK_BYTES=2000", "-DFASTRNN_PROGRAM_STEPS=3",
     ]  # fmt: skip
 
 
 @functools.cache
-def load() -> Any:
-    """The operators, compiled where a source has changed."""
+def build() -> Path:
+    """The library, compiled where a source has changed."""
     flags = _flags()
     headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl"))
     text = repr(flags).encode() + b"".join(path.read_bytes() for path in headers)
@@ -73,8 +77,29 @@ def load() -> Any:
         link = [*flags, "-shared", *objects, f"-L{torch_lib}", "-ltorch_cpu", "-o", str(unfinished)]
         subprocess.run(link, check=True)
         unfinished.rename(library)
-    torch.ops.load_library(str(library))
+    return library
+
+
+@functools.cache
+def load() -> Any:
+    """The operators."""
+    torch.ops.load_library(str(build()))
     return torch.ops.fastrnn_cuda_on_host
+
+
+class Programs(NamedTuple):
+    """What csrc/cuda/program.h has done in this process."""
+
+    recorded: int
+    run: int
+    kept: int
+
+
+def programs() -> Programs:
+    load()
+    counts = (ctypes.c_int64 * 3)()
+    ctypes.CDLL(str(build())).fastrnn_programs(counts)
+    return Programs(*counts)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cuda_on_host
-from bench import gpu
+from bench import gpu, gpu_cells
 
 pytestmark = pytest.mark.skipif(
     cuda_on_host.why_not() is not None, reason=str(cuda_on_host.why_not())
@@ -22,25 +22,26 @@ def test_cells_are_timed_once_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
     arguments = ["--rehearse", "--stage", "time", "--json", str(file)]
     assert gpu.main(arguments) == 0
     rows = json.loads(file.read_text())
-    assert len(rows) == len(gpu.cells(rehearse=True))
+    assert len(rows) == len(gpu_cells.cells(rehearse=True))
     for row in rows:
         assert row["rehearsal"]
         assert row["parity"]["ok"]
-        assert set(row["results"]) == {"torch.nn", "fastrnn"}
+        assert set(row["results"]) == {"torch.nn", "fastrnn", "fastrnn step-graph"}
+        assert set(row["skipped"]) == {"haste", "flashrnn", "torchrl"}
     assert gpu.main(arguments) == 0  # goes on with the file: nothing is left to measure
     assert json.loads(file.read_text()) == rows
     assert "us a step" in capsys.readouterr().out
 
 
 def test_a_wrong_cell_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def wrong(self: gpu.Workload) -> dict[str, Any]:
+    def wrong(self: gpu_cells.Workload) -> dict[str, Any]:
         found = call(self)
         if type(self.layer).__module__.startswith("fastrnn"):
             found["output"] = found["output"] + 0.1
         return found
 
-    call = gpu.Workload.__call__
-    monkeypatch.setattr(gpu.Workload, "__call__", wrong)
+    call = gpu_cells.Workload.__call__
+    monkeypatch.setattr(gpu_cells.Workload, "__call__", wrong)
     file = tmp_path / "rows.json"
     assert gpu.main(["--rehearse", "--stage", "time", "--json", str(file)]) == 1
     assert all(not row["results"] for row in json.loads(file.read_text()))
@@ -61,7 +62,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_grid_covers_what_is_claimed() -> None:
-    cells = gpu.cells(rehearse=False)
+    cells = gpu_cells.cells(rehearse=False)
     assert len(cells) == len({json.dumps(cell) for cell in cells})
     assert {cell["H"] for cell in cells} == {64, 128, 256, 512, 1024, 2048}
     assert any(cell["packed"] for cell in cells)

@@ -42,15 +42,38 @@ def test_sizes(device: str, shape: dict[str, Any], expected: tuple[int, ...]) ->
 
 def test_reasons_against_the_others() -> None:
     small, large = plan(H=64)["against"], plan(H=4096, item_bytes=4)["against"]
-    assert [reason.split(":")[0] for reason in small] == ["persistent-block", "persistent-grid"]
-    assert all("would fit" in reason for reason in small)
-    assert all("does not fit" in reason for reason in large)
+    kernels = ["step-graph", "persistent-block", "persistent-grid"]
+    assert [reason.split(":")[0] for reason in small] == kernels
+    assert "not measured yet" in small[0]
+    assert "of 256 MiB" in large[0]
+    assert all("would fit" in reason for reason in small[1:])
+    assert all("does not fit" in reason for reason in large[1:])
+
+
+# Launches of a pass, as above but for the graphs: 16 steps each, the table before each of them.
+GRAPHS: list[tuple[dict[str, Any], int]] = [
+    ({}, 1 + 1 + 1 + 1 + 2 * 16),
+    ({"T": 7}, 1 + 1 + 1 + 1 + 2 * 7),  # too few for a graph
+    ({"T": 9}, 1 + 1 + 1 + 1 + 2),
+    ({"T": 21}, 1 + 1 + 1 + 1 + 2 + 2 * 5),
+    ({"D": 2, "T": 32}, 1 + 2 + 2 + 2 + 2 * 2),
+]
+
+
+@pytest.mark.parametrize(("shape", "launches"), GRAPHS)
+def test_graphs(shape: dict[str, Any], launches: int) -> None:
+    found = plan(kernel="step-graph", **shape)
+    assert found["kernel"] == "step-graph"
+    assert found["launches"] == launches
+    assert found["against"][0].startswith("step: ")
 
 
 def test_requests() -> None:
     assert plan(kernel="step")["kernel"] == "step"
     with pytest.raises(ValueError, match=r"persistent-grid.* not in this version"):
         plan(kernel="persistent-grid")
+    with pytest.raises(ValueError, match="step-graph' cannot run this: weight_hh of 64 MiB"):
+        plan(kernel="step-graph", H=2048, item_bytes=4)
     with pytest.raises(ValueError, match="there are auto, step"):
         plan(kernel="magic")
     for wrong in ({"T": 0}, {"B": 0}, {"H": -1}, {"D": 0}, {"I": -1}):

@@ -3,10 +3,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <cstdlib>
-
 #include "device.h"
-#include "plan.h"
 
 namespace fastrnn::cuda {
 namespace {
@@ -25,13 +22,6 @@ Queue current_stream(int32_t index) {
   return stream;
 }
 
-// FASTRNN_CUDA_KERNEL asks for kernels.
-void check_request() {
-  const char* const asked = std::getenv("FASTRNN_CUDA_KERNEL");
-  const std::string reason = asked && *asked ? why_not_kernel(asked) : "";
-  STD_TORCH_CHECK(reason.empty(), "fastrnn: FASTRNN_CUDA_KERNEL=", asked, " cannot be met: ", reason);
-}
-
 // Makes a GPU the current one and, when it goes, the one before.
 struct CurrentGpu {
   torch::stable::accelerator::DeviceGuard guard;
@@ -41,9 +31,7 @@ class Gpu final : CurrentGpu, public StepDevice {
  public:
   explicit Gpu(int32_t index)
       : CurrentGpu{torch::stable::accelerator::DeviceGuard(index)},
-        StepDevice({DeviceType::CUDA, index}, step_kernels(), current_stream(index)) {
-    check_request();
-  }
+        StepDevice({DeviceType::CUDA, index}, step_kernels(), current_stream(index)) {}
 };
 
 }  // namespace

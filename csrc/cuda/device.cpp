@@ -1,8 +1,29 @@
 #include "device.h"
 
+#include <cstdlib>
+
 #include "gemm.h"
+#include "plan.h"
+#include "program.h"
 
 namespace fastrnn::cuda {
+namespace {
+
+// What makes programs of steps, if FASTRNN_CUDA_KERNEL asks for them.
+Recorder* asked_recorder() {
+  const char* const asked = std::getenv("FASTRNN_CUDA_KERNEL");
+  if (!asked || !*asked) return nullptr;
+  const std::string reason = why_not_kernel(asked);
+  STD_TORCH_CHECK(reason.empty(), "fastrnn: FASTRNN_CUDA_KERNEL=", asked, " cannot be met: ", reason);
+  if (std::string(asked) != "step-graph") return nullptr;
+  STD_TORCH_CHECK(recorder(), "fastrnn: FASTRNN_CUDA_KERNEL=step-graph cannot be met: nothing here records graphs");
+  return recorder();
+}
+
+}  // namespace
+
+StepDevice::StepDevice(const Place& place, const StepKernels& kernels, Queue queue)
+    : Device(place), context_{*this, kernels, queue, asked_recorder()} {}
 
 Tensor StepDevice::zeros(const Sizes& sizes, ScalarType dtype) const {
   Tensor t = make(sizes, dtype);

@@ -11,9 +11,9 @@ namespace fastrnn::cuda {
 
 class StepDevice : public Device {
  public:
-  // queue: the stream of the kernels, and of torch's products.
-  StepDevice(const Place& place, const StepKernels& kernels, Queue queue)
-      : Device(place), context_{*this, kernels, queue} {}
+  // queue: the stream of the kernels, and of torch's products. Throws where FASTRNN_CUDA_KERNEL asks for kernels that
+  // there are not.
+  StepDevice(const Place& place, const StepKernels& kernels, Queue queue);
 
   Tensor zeros(const Sizes& sizes, ScalarType dtype) const override;
   char* take_between(size_t bytes) override;

@@ -4,9 +4,10 @@
 // Work       per step a product by weight_hh of all groups (torch's), then a kernel of step_kernels.h; with a
 //            projection one more of each. The products with weight_ih come before, for the steps of a chunk at once
 // Memory     torch's allocator: input products of a chunk (at most kChunkBytes of them, or of one step), panels of the
-// states, and for
-//            several groups a copy of weight_hh that stands as one batch
+//            states, and for several groups a copy of weight_hh that stands as one batch
 // Requires   arguments on one device, checked by ops.cpp; batch sizes in host memory
+// Programs   with a recorder, kProgramSteps steps at a time are put on the queue (csrc/cuda/program.h), which then work
+//            on memory that is kept from call to call, with a copy of weight_hh
 // Order      everything on one queue, one after the other: nothing waits for the device, nothing runs beside it
 #pragma once
 
@@ -15,11 +16,14 @@
 
 namespace fastrnn::cuda {
 
+class Recorder;
+
 // Where a pass runs.
 struct Context {
   const Device& device;
   const StepKernels& kernels;
   Queue queue;
+  Recorder* recorder;  // of programs, or null: steps run one by one
 };
 
 void scan_step(const ScanArgs& args, const Context& context);

@@ -8,7 +8,7 @@ struct Backward {
     using S = Compute<T>;
     constexpr int G = Cell::kGates, A = Cell::kSaved, R = Cell::kOwn;
     const int64_t H = a.H / kUnits, b = thread.item / H, j = thread.item % H * kUnits, d = thread.group;
-    const StepRows& rows = a.rows[a.reversed(d)];
+    const StepRows rows = a.rows_of(d);
     const int64_t state = (d * a.B + b) * a.H + j;
     const bool continues = b < rows.count_next;  // took part in the step run before, whose gradients the panels hold
     if (b >= rows.count) return continues ? leave(state, (d * a.product_rows + b) * a.H + j) : void();
@@ -93,10 +93,7 @@ struct Backward {
     FASTRNN_UNROLL
     for (int i = 0; i < kUnits; ++i) sum[i] += term[i];
   }
-  static int64_t items(const BackwardArgs& a) {
-    const StepRows *f = &a.rows[0], *r = &a.rows[1];
-    return std::max({f->count, f->count_next, r->count, r->count_next}) * (a.H / kUnits);
-  }
+  static constexpr int kWidth = kUnits;
   static bool is_aligned(const BackwardArgs& a) {
     const auto aligned = [](const void* array, size_t item) {
       return reinterpret_cast<uintptr_t>(array) % (kUnits * item) == 0;
@@ -115,7 +112,7 @@ struct BackwardProject {
   FASTRNN_FN void operator()(Thread thread) const {
     using S = Compute<T>;
     const int64_t b = thread.item / a.P, j = thread.item % a.P, d = thread.group;
-    const StepRows& rows = a.rows[a.reversed(d)];
+    const StepRows rows = a.rows_of(d);
     const int64_t state = (d * a.B + b) * a.P + j;
     const bool continues = b < rows.count_next;
     const S product = continues ? at<S>(a.product)[(d * a.product_rows + b) * a.P + j] : S(0);
@@ -136,9 +133,5 @@ struct BackwardProject {
       *before = at<T>(a.h0)[state];
     else
       narrow(S(0), *before);
-  }
-  static int64_t items(const BackwardProjectArgs& a) {
-    const StepRows *f = &a.rows[0], *r = &a.rows[1];
-    return std::max({f->count, f->count_next, r->count, r->count_next}) * a.P;
   }
 };

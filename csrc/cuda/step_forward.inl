@@ -43,7 +43,7 @@ struct Forward {
     using S = Compute<T>;
     constexpr int G = Cell::kGates, A = Cell::kSaved, R = Cell::kOwn;
     const int64_t H = a.H / kUnits, b = thread.item / H, j = thread.item % H * kUnits, d = thread.group;
-    const StepRows& rows = a.rows[a.reversed(d)];
+    const StepRows rows = a.rows_of(d);
     if (b >= rows.count) return;
     const int64_t data_row = rows.row + b, row = d * a.N + data_row, state = (d * a.B + b) * a.H + j;
     S x[G][kUnits], r[G][kUnits], h[kUnits], c[kUnits], saved[A + 1][kUnits];
@@ -83,7 +83,7 @@ struct Forward {
     store<T, kUnits>(at<T>(a.output) + (data_row * a.D + d) * a.H + j, h);
     if (is_last) store<T, kUnits>(at<T>(a.h_n) + state, h);
   }
-  static int64_t items(const ForwardArgs& a) { return std::max(a.rows[0].count, a.rows[1].count) * (a.H / kUnits); }
+  static constexpr int kWidth = kUnits;
   static bool is_aligned(const ForwardArgs&) { return true; }  // all of its arrays are our own
 };
 
@@ -93,7 +93,7 @@ struct Project {
 
   FASTRNN_FN void operator()(Thread thread) const {
     const int64_t b = thread.item / a.P, j = thread.item % a.P, d = thread.group;
-    const StepRows& rows = a.rows[a.reversed(d)];
+    const StepRows rows = a.rows_of(d);
     if (b >= rows.count) return;
     const int64_t state = (d * a.B + b) * a.P + j;
     T h;

@@ -1,8 +1,11 @@
-// The kernels of a pass that takes one matrix product and one of these per time step, as csrc/cuda/scan_step.cpp calls
+// The kernels of a pass that takes one matrix product and one of these per time step, as csrc/cuda/step_pass.h calls
 // them. Pointers are device memory, arrays contiguous; dimension key and the meaning of the types: csrc/scan.h.
 #pragma once
 
+#include <algorithm>
+
 #include "../scan.h"
+#include "plan.h"
 
 namespace fastrnn::cuda {
 
@@ -32,6 +35,19 @@ struct StepShape {
   }
 };
 
+// A shape with the rows of a step.
+struct OneStep : StepShape {
+  StepRows rows[2];
+
+  // No index: where the arguments lie in registers it would move them into memory.
+  FASTRNN_FN StepRows rows_of(int64_t d) const {
+    if (reversed(d)) return rows[1];
+    return rows[0];
+  }
+  // Of the step run before, or of this one: whichever has more.
+  int64_t most_rows() const { return std::max({rows[0].count, rows[0].count_next, rows[1].count, rows[1].count_next}); }
+};
+
 // The states before the first step: panels h [D, B, P] and c [D, B, H] from h0 and c0, or zeros.
 struct EnterArgs : StepShape {
   const void *h0, *c0;  // Storage [D, B, P], [D, B, H], or null
@@ -46,8 +62,7 @@ struct BiasArgs : StepShape {
 };
 
 // A step of the cell: x + bias and r to the states after it.
-struct ForwardArgs : StepShape {
-  StepRows rows[2];
+struct ForwardArgs : OneStep {
   const void* gates;    // Compute [D, gates_rows, G, H] input products
   int64_t gates_rows;   // of a group
   const void* product;  // Compute [D, product_rows, G, H] recurrent products
@@ -60,16 +75,14 @@ struct ForwardArgs : StepShape {
 };
 
 // The projected h of a step, Compute [D, product_rows, P], to where it belongs.
-struct ProjectArgs : StepShape {
-  StepRows rows[2];
+struct ProjectArgs : OneStep {
   const void* product;
   int64_t product_rows;
   void *h, *output, *h_n;
 };
 
 // A backward step of the cell. Rows beyond `count` have run their first step: gradients of their initial states.
-struct BackwardArgs : StepShape {
-  StepRows rows[2];
+struct BackwardArgs : OneStep {
   // Compute [D, product_rows, P] gradient of h from the step run before; projected: [.., H], of the unprojected h of
   // all rows of the step.
   const void* product;
@@ -82,8 +95,7 @@ struct BackwardArgs : StepShape {
 };
 
 // The whole gradient of a step's projected h, and of h0 of the rows beyond `count`.
-struct BackwardProjectArgs : StepShape {
-  StepRows rows[2];
+struct BackwardProjectArgs : OneStep {
   const void* product;  // Compute [D, product_rows, P]
   int64_t product_rows;
   const void *doutput, *dh_n, *output, *h0;
@@ -91,6 +103,17 @@ struct BackwardProjectArgs : StepShape {
   int64_t dp_rows;
   void *dprojected, *before, *dh0;
 };
+
+// The arguments of a program, in device memory: of the kernel of the cell, of that of the projection, and the rows of
+// each step, in place of those in the arguments.
+template <class CellArgs, class ProjectionArgs>
+struct StepTable {
+  CellArgs cell;
+  ProjectionArgs projection;
+  StepRows rows[kProgramSteps][2];
+};
+using ForwardTable = StepTable<ForwardArgs, ProjectArgs>;
+using BackwardTable = StepTable<BackwardArgs, BackwardProjectArgs>;
 
 // sum[row, column] += term[row, column], Compute; count elements of term [rows, columns], rows of sum sum_stride apart.
 struct AddArgs {
@@ -108,15 +131,27 @@ struct NarrowArgs {
   int64_t count;
 };
 
+// The kernels of the steps of a pass: of the cell, and of the projection.
+template <class Table>
+struct PassKernels {
+  // A step with the arguments, and their rows, of a table on the host.
+  void (*cell)(const Table&, Queue);
+  void (*projection)(const Table&, Queue);
+  // A step of a program, with what the table in device memory holds when it runs; shape, dtype and units are those of
+  // `like`, on the host.
+  void (*cell_of)(const Table& like, const Table* table, int step, Queue);
+  void (*projection_of)(const Table& like, const Table* table, int step, Queue);
+  void (*write)(const Table&, Table* table, Queue);  // to device memory
+};
+
 struct StepKernels {
   void (*enter)(const EnterArgs&, Queue);
   void (*bias)(const BiasArgs&, Queue);
-  void (*forward)(const ForwardArgs&, Queue);
-  void (*project)(const ProjectArgs&, Queue);
-  void (*backward)(const BackwardArgs&, Queue);
-  void (*backward_project)(const BackwardProjectArgs&, Queue);
+  PassKernels<ForwardTable> forward;
+  PassKernels<BackwardTable> backward;
   void (*add)(const AddArgs&, Queue);
   void (*narrow)(const NarrowArgs&, Queue);
+  int (*backward_units)(const BackwardArgs&);  // of a thread: 1 where an array of the caller begins at an odd element
 };
 
 const StepKernels& step_kernels();

@@ -54,6 +54,43 @@ struct Narrow {
   }
 };
 
+// A step of a program: a kernel with the arguments that the table holds when it runs.
+template <class Kernel, class Table>
+struct OfProgram {
+  const Table* table;
+  int step;
+
+  FASTRNN_FN void operator()(Thread thread) const {
+    Kernel kernel{arguments(*table, static_cast<decltype(Kernel::a)*>(nullptr))};
+    kernel.a.rows[0] = kernel.a.rows[1] = table->rows[step][kernel.a.reversed(thread.group)];
+    kernel(thread);
+  }
+  template <class A, class B>
+  static FASTRNN_FN const A& arguments(const StepTable<A, B>& t, A*) {
+    return t.cell;
+  }
+  template <class A, class B>
+  static FASTRNN_FN const B& arguments(const StepTable<A, B>& t, B*) {
+    return t.projection;
+  }
+};
+
+// The table of a program, to device memory, word by word.
+template <class Table>
+struct WriteTable {
+  using Word = uint64_t;
+  static constexpr int64_t kWords = sizeof(Table) / sizeof(Word);
+  static_assert(sizeof(Table) % sizeof(Word) == 0, "a table is whole words");
+  Table source;
+  Table* target;
+
+  FASTRNN_FN void operator()(Thread thread) const {
+    Word word;
+    memcpy(&word, reinterpret_cast<const char*>(&source) + thread.item * sizeof(Word), sizeof(Word));
+    memcpy(reinterpret_cast<char*>(target) + thread.item * sizeof(Word), &word, sizeof(Word));
+  }
+};
+
 // Calls f(a null pointer to the type) for a dtype, for a cell.
 template <class F>
 void with_dtype(Dtype dtype, F f) {
@@ -82,20 +119,36 @@ void with_cell(CellId cell, F f) {
 template <class T>
 constexpr int kMostUnits = sizeof(T) == 8 ? 2 : 4;  // the larger of what units_per_thread gives
 
-// Launches the instance of a kernel <Cell, T, kUnits> for these arguments.
-template <template <class, class, int> class Kernel, class Args>
-void launch_cell(const Args& a, Queue queue) {
+// Calls f(a null pointer to the instance) of a kernel <Cell, T, kUnits> for these arguments.
+template <template <class, class, int> class Kernel, class Args, class F>
+void with_instance(const Args& a, F f) {
   with_cell(a.cell, [&](auto* cell) {
     with_dtype(a.dtype, [&](auto* dtype) {
       using Cell = std::remove_pointer_t<decltype(cell)>;
       using T = std::remove_pointer_t<decltype(dtype)>;
       using Wide = Kernel<Cell, T, kMostUnits<T>>;
-      using Narrowest = Kernel<Cell, T, 1>;
       if (units_per_thread(a.H, sizeof(Compute<T>)) == kMostUnits<T> && Wide::is_aligned(a))
-        launch(Wide{a}, Wide::items(a), a.D, queue);
+        f(static_cast<Wide*>(nullptr));
       else
-        launch(Narrowest{a}, Narrowest::items(a), a.D, queue);
+        f(static_cast<Kernel<Cell, T, 1>*>(nullptr));
     });
+  });
+}
+
+template <template <class, class, int> class Kernel, class Table>
+void launch_cell(const Table& now, Queue queue) {
+  const auto& a = now.cell;
+  with_instance<Kernel>(a, [&](auto* instance) {
+    using Instance = std::remove_pointer_t<decltype(instance)>;
+    launch(Instance{a}, a.most_rows() * (a.H / Instance::kWidth), a.D, queue);
+  });
+}
+template <template <class, class, int> class Kernel, class Table>
+void launch_cell_of(const Table& like, const Table* table, int step, Queue queue) {
+  const auto& a = like.cell;
+  with_instance<Kernel>(a, [&](auto* instance) {
+    using Instance = std::remove_pointer_t<decltype(instance)>;
+    launch(OfProgram<Instance, Table>{table, step}, a.B * (a.H / Instance::kWidth), a.D, queue);
   });
 }
 
@@ -103,6 +156,29 @@ template <template <class> class Kernel, class Args>
 void launch_dtype(const Args& a, int64_t items, int64_t groups, Queue queue) {
   with_dtype(a.dtype,
              [&](auto* dtype) { launch(Kernel<std::remove_pointer_t<decltype(dtype)>>{a}, items, groups, queue); });
+}
+
+template <template <class> class Kernel, class Table>
+void launch_projection(const Table& now, Queue queue) {
+  const auto& a = now.projection;
+  launch_dtype<Kernel>(a, a.most_rows() * a.P, a.D, queue);
+}
+template <template <class> class Kernel, class Table>
+void launch_projection_of(const Table& like, const Table* table, int step, Queue queue) {
+  const auto& a = like.projection;
+  with_dtype(a.dtype, [&](auto* dtype) {
+    using Instance = Kernel<std::remove_pointer_t<decltype(dtype)>>;
+    launch(OfProgram<Instance, Table>{table, step}, a.B * a.P, a.D, queue);
+  });
+}
+template <class Table>
+void write(const Table& now, Table* table, Queue queue) {
+  launch(WriteTable<Table>{now, table}, WriteTable<Table>::kWords, 1, queue);
+}
+template <class Table, template <class, class, int> class Cell, template <class> class Projection>
+constexpr PassKernels<Table> pass_kernels() {
+  return {launch_cell<Cell, Table>, launch_projection<Projection, Table>, launch_cell_of<Cell, Table>,
+          launch_projection_of<Projection, Table>, write<Table>};
 }
 
 void enter(const EnterArgs& a, Queue queue) {
@@ -118,12 +194,6 @@ void bias(const BiasArgs& a, Queue queue) {
     });
   });
 }
-void project(const ProjectArgs& a, Queue queue) {
-  launch_dtype<Project>(a, std::max(a.rows[0].count, a.rows[1].count) * a.P, a.D, queue);
-}
-void backward_project(const BackwardProjectArgs& a, Queue queue) {
-  launch_dtype<BackwardProject>(a, BackwardProject<float>::items(a), a.D, queue);
-}
 void add(const AddArgs& a, Queue queue) {
   if (a.dtype == Dtype::kDouble)
     launch(Add<double>{a}, a.count, 1, queue);
@@ -131,18 +201,22 @@ void add(const AddArgs& a, Queue queue) {
     launch(Add<float>{a}, a.count, 1, queue);
 }
 void narrow_all(const NarrowArgs& a, Queue queue) { launch_dtype<Narrow>(a, a.count, 1, queue); }
+int backward_units(const BackwardArgs& a) {
+  int units = 0;
+  with_instance<Backward>(a, [&](auto* instance) { units = std::remove_pointer_t<decltype(instance)>::kWidth; });
+  return units;
+}
 
 }  // namespace
 
 const StepKernels& step_kernels() {
   static const StepKernels table = {enter,
                                     bias,
-                                    launch_cell<Forward, ForwardArgs>,
-                                    project,
-                                    launch_cell<Backward, BackwardArgs>,
-                                    backward_project,
+                                    pass_kernels<ForwardTable, Forward, Project>(),
+                                    pass_kernels<BackwardTable, Backward, BackwardProject>(),
                                     add,
-                                    narrow_all};
+                                    narrow_all,
+                                    backward_units};
   return table;
 }
 

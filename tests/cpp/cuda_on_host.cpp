@@ -1,6 +1,9 @@
-// The kernels of csrc/cuda built for the host, and a device of them for tensors on the CPU: with ops.cpp, device.cpp
-// and scan_step.cpp this is the pass of a GPU but for the machine, as torch.ops.fastrnn_cuda_on_host.
+// The kernels of csrc/cuda built for the host, and a device of them for tensors on the CPU: with ops.cpp and
+// the rest of csrc/cuda this is the pass of a GPU but for the machine, as torch.ops.fastrnn_cuda_on_host.
+#include <atomic>
+
 #include "cuda/device.h"
+#include "cuda/program.h"
 #include "cuda/step_kernels.inl"
 
 namespace fastrnn {
@@ -16,6 +19,37 @@ void launch(const Kernel& kernel, int64_t items, int64_t groups, Queue) {
         if (item % 2 == odd) kernel({item, group});
 }
 
+namespace {
+
+std::atomic<int64_t> recorded{0}, run{0};
+
+// Programs run what was recorded, with the values that it was recorded with, as a graph does.
+class HostProgram : public Program {
+ public:
+  explicit HostProgram(Recorder::Steps steps) : steps_(std::move(steps)) {}
+  void run() override {
+    ++cuda::run;
+    steps_(nullptr);
+  }
+
+ private:
+  const Recorder::Steps steps_;
+};
+
+class HostRecorder : public Recorder {
+ public:
+  bool is_ready() override { return true; }
+  std::unique_ptr<Program> record(const Steps& steps) override {
+    ++recorded;
+    steps(nullptr);
+    return std::make_unique<HostProgram>(steps);
+  }
+  std::string product_settings() override { return ""; }
+};
+
+const bool has_recorder = (set_recorder(std::make_unique<HostRecorder>()), true);
+
+}  // namespace
 }  // namespace cuda
 
 std::unique_ptr<Device> device_of(const Tensor&) {
@@ -23,3 +57,9 @@ std::unique_ptr<Device> device_of(const Tensor&) {
 }
 
 }  // namespace fastrnn
+
+// For tests: programs recorded, programs run, memories of programs that are kept.
+extern "C" __attribute__((visibility("default"))) void fastrnn_programs(int64_t* counts) {
+  counts[0] = fastrnn::cuda::recorded, counts[1] = fastrnn::cuda::run;
+  counts[2] = static_cast<int64_t>(fastrnn::cuda::kept_memories());
+}

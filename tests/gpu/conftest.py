@@ -35,3 +35,11 @@ def device() -> Iterator[str]:
     with fastrnn.use_backend("native"):
         yield "cuda"
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(params=["step", "step-graph"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels that are asked for."""
+    name: str = request.param
+    monkeypatch.setenv("FASTRNN_CUDA_KERNEL", name)
+    return name

@@ -50,10 +50,19 @@ LONG = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("cell", CELLS)
+def test_layer_of_graphs(
+    device: str, monkeypatch: pytest.MonkeyPatch, cell: str, case: Case
+) -> None:
+    monkeypatch.setenv("FASTRNN_CUDA_KERNEL", "step-graph")
+    test_layer(device, cell, "float32", case)
+
+
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_long(device: str, cell: str, dtype: str, case: Case) -> None:
+def test_long(device: str, kernel: str, cell: str, dtype: str, case: Case) -> None:
     problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
     first = problem.run(fastrnn, device=device)
     check(first, torch_same, ref64)
@@ -117,7 +126,7 @@ def test_cells(device: str, name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_arrays_that_begin_anywhere(device: str, name: str, dtype: str) -> None:
+def test_arrays_that_begin_anywhere(device: str, kernel: str, name: str, dtype: str) -> None:
     """A caller's states and gradients may lie at any element of a larger tensor."""
 
     def apart(*shape: int) -> Tensor:
@@ -128,7 +137,7 @@ def test_arrays_that_begin_anywhere(device: str, name: str, dtype: str) -> None:
     x, h, dy = apart(5, 3, 4), apart(1, 3, 8), apart(5, 3, 8)
     hx: Any = (h, apart(1, 3, 8)) if name == "LSTM" else h
     results = []
-    for copy in (False, True):
+    for copy in (True, False):
         given = [x, *states(hx), dy]
         first, *rest, cotangent = [t.clone() if copy else t for t in given]
         output, state = layer(first, tuple(rest) if name == "LSTM" else rest[0])

@@ -1,0 +1,78 @@
+#include "python_graphs.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "program.h"
+
+namespace py = pybind11;
+
+namespace fastrnn {
+namespace {
+
+// Calls Python, from any thread; its exceptions leave as C++ ones, which do not need Python's lock.
+template <class F>
+auto in_python(F f) {
+  const py::gil_scoped_acquire lock;
+  try {
+    return f();
+  } catch (const py::error_already_set& error) {
+    throw std::runtime_error(error.what());
+  }
+}
+
+class PythonProgram : public cuda::Program {
+ public:
+  explicit PythonProgram(py::object replay) : replay_(std::move(replay)) {}
+  ~PythonProgram() override {
+    const py::gil_scoped_acquire lock;
+    replay_ = py::object();
+  }
+
+  void run() override {
+    in_python([&] { replay_(); });
+  }
+
+ private:
+  py::object replay_;
+};
+
+class PythonRecorder : public cuda::Recorder {
+ public:
+  PythonRecorder(py::object is_ready, py::object record, py::object product_settings)
+      : is_ready_(std::move(is_ready)), record_(std::move(record)), product_settings_(std::move(product_settings)) {}
+
+  bool is_ready() override {
+    return in_python([&] { return is_ready_().cast<bool>(); });
+  }
+  std::unique_ptr<cuda::Program> record(const Steps& steps) override {
+    return in_python([&]() -> std::unique_ptr<cuda::Program> {
+      const py::cpp_function on_stream([&](intptr_t stream) {
+        const py::gil_scoped_release unlock;
+        steps(reinterpret_cast<cuda::Queue>(stream));
+      });
+      return std::make_unique<PythonProgram>(record_(on_stream));
+    });
+  }
+  std::string product_settings() override {
+    return in_python([&] { return product_settings_().cast<std::string>(); });
+  }
+
+ private:
+  const py::object is_ready_, record_, product_settings_;
+};
+
+}  // namespace
+
+void bind_graphs(py::module_& m) {
+  m.def(
+      "record_programs",
+      [](py::object is_ready, py::object record, py::object product_settings) {
+        cuda::set_recorder(
+            std::make_unique<PythonRecorder>(std::move(is_ready), std::move(record), std::move(product_settings)));
+      },
+      py::kw_only(), py::arg("is_ready"), py::arg("record"), py::arg("product_settings"));
+  m.def("kept_programs", &cuda::kept_memories);
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,149 @@
+"""Steps that run as graphs (FASTRNN_CUDA_KERNEL=step-graph, csrc/cuda/program.h): one serves every
+call of a shape, whatever its length, its weights and its memory."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import cuda_on_host
+import fastrnn
+from compare import check, check_identical
+from fastrnn import _ops, cuda_graphs
+
+LAYERS = ["RNN", "LSTM", "GRU"]
+
+
+@pytest.fixture(autouse=True)
+def _graphs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRNN_CUDA_KERNEL", "step-graph")
+
+
+def results(layer: nn.Module, x: Tensor, lengths: list[int] | None = None) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    given: Any = x if lengths is None else pack_padded_sequence(x, torch.tensor(lengths))
+    output, state = layer(given)
+    y = output if lengths is None else output.data
+    h = state if isinstance(state, Tensor) else torch.cat([s.flatten() for s in state])
+    names = [name for name, _ in layer.named_parameters()]
+    weights = [p for _, p in layer.named_parameters()]
+    # Slopes that grow: rows and steps differ.
+    slopes = [torch.linspace(-1, 1, t.numel(), device=t.device).view_as(t).to(t) for t in (y, h)]
+    grads = torch.autograd.grad([y, h], [x, *weights], slopes)
+    return {"y": y.detach(), "h": h.detach()} | dict(zip(["x", *names], grads, strict=True))
+
+
+def compare(ours: nn.Module, theirs: nn.Module, x: Tensor, lengths: list[int] | None) -> None:
+    theirs.load_state_dict(ours.state_dict())
+    same = results(theirs, x, lengths)
+    exact = results(theirs.double(), x.double(), lengths)
+    check(results(ours, x, lengths), same, exact)
+    theirs.float()
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 5}], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_graph_for_all_lengths_and_weights(
+    device: str, name: str, options: dict[str, Any]
+) -> None:
+    if "proj_size" in options and name != "LSTM":
+        return
+    ours = getattr(fastrnn, name)(3, 12, **options).to(device)
+    theirs = getattr(nn, name)(3, 12, **options).to(device)
+
+    def calls(*shapes: tuple[int, list[int] | None]) -> None:
+        for steps, lengths in shapes:
+            with torch.no_grad():
+                for weight in ours.parameters():
+                    weight.uniform_(-0.4, 0.4)
+            compare(ours, theirs, torch.randn(steps, 4, 3, device=device), lengths)
+
+    calls((9, None), (20, [20, 1, 1, 1]))
+    before = cuda_on_host.programs() if device == "cpu" else None
+    calls((40, None), (7, [7, 7, 2, 1]), (64, [64, 33, 33, 9]), (1, None))
+    if before is not None:
+        after = cuda_on_host.programs()
+        assert after.recorded == before.recorded
+        assert after.run > before.run + 20
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_one_shape_take_turns(device: str, name: str) -> None:
+    ours = getattr(fastrnn, name)(12, 12, num_layers=3).to(device)
+    theirs = getattr(nn, name)(12, 12, num_layers=3).to(device)
+    compare(ours, theirs, torch.randn(20, 4, 12, device=device), None)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_threads(device: str, train: bool) -> None:
+    layers = [fastrnn.GRU(3, 12).to(device) for _ in range(4)]
+    inputs = [torch.randn(30, 4, 3, device=device) for _ in layers]
+
+    def call(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        if train:
+            return results(layer, x)
+        with torch.no_grad():
+            return {"y": layer(x)[0]}
+
+    expected = [call(layer, x) for layer, x in zip(layers, inputs, strict=True)]
+    found: list[list[dict[str, Tensor]]] = [[] for _ in layers]
+
+    def run(i: int) -> None:
+        # The choice of a backend is the thread's.
+        with fastrnn.use_backend("native"):
+            for _ in range(10):
+                found[i].append(call(layers[i], inputs[i]))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(layers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rounds, wanted in zip(found, expected, strict=True):
+        assert len(rounds) == 10
+        for got in rounds:
+            check_identical(got, wanted)
+
+
+def test_as_many_are_kept_as_are_said(device: str) -> None:
+    for batch in range(1, 70):
+        layer = fastrnn.RNN(2, 4).to(device)
+        with torch.no_grad():
+            output = layer(torch.ones(16, batch, 2, device=device))[0]
+        assert torch.equal(output[:, :1].expand_as(output), output)
+    if device == "cpu":
+        assert cuda_on_host.programs().kept == 64
+    else:
+        assert importlib.import_module("fastrnn._C").kept_programs() == 64
+
+
+def test_a_layer_whose_launches_do_not_matter_is_refused(device: str) -> None:
+    layer = fastrnn.LSTM(2, 1500).to(device)
+    with pytest.raises(RuntimeError, match="step-graph cannot be met: weight_hh of 34 MiB"):
+        layer(torch.ones(1, 1, 2, device=device))
+
+
+def test_other_names_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRNN_CUDA_KERNEL", "magic")
+    with pytest.raises(RuntimeError, match="FASTRNN_CUDA_KERNEL=magic cannot be met: there are"):
+        fastrnn.GRU(2, 4).to(device)(torch.ones(1, 1, 2, device=device))
+
+
+@pytest.mark.skipif(not _ops.has_cuda, reason="built without CUDA kernels")
+def test_what_records_says_what_products_depend_on() -> None:
+    """Without a GPU: the functions that the extension calls are there, and give what it takes."""
+    flag = torch.backends.cuda.matmul.allow_tf32
+    found = []
+    try:
+        for allowed in (False, True, False):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            found.append(cuda_graphs.product_settings())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = flag
+    assert found[0] == found[2] != found[1]
