@@ -29,7 +29,7 @@ py::dict facts_of(const fastrnn::cuda::GpuFacts& gpu) {
 
 // The plan of a pass on a GPU of these facts.
 py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t D, int64_t item_bytes,
-              const py::dict& gpu, const std::string& kernel) {
+              const py::dict& gpu, const std::string& kernel, bool persistent) {
   const py::tuple capability = gpu["capability"];
   const fastrnn::cuda::GpuFacts facts = {
       "",
@@ -39,13 +39,14 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
       gpu["shared_bytes"].cast<int64_t>(),
       gpu["register_bytes"].cast<int64_t>(),
   };
-  const bool is_double = item_bytes == 8;
-  const fastrnn::cuda::Plan found =
-      fastrnn::cuda::plan_pass({fastrnn::cell_of(cell), T, B, I, H, D, item_bytes, is_double ? 8 : 4}, facts, kernel);
+  const int64_t compute_bytes = item_bytes == 8 ? 8 : 4;
+  const fastrnn::cuda::Plan found = fastrnn::cuda::plan_pass(
+      {fastrnn::cell_of(cell), T, B, I, H, D, item_bytes, compute_bytes, false}, facts, kernel, persistent);
   py::dict result;
   result["kernel"] = found.kernel;
   result["why"] = found.why;
   result["against"] = found.against;
+  result["weights"] = found.weights;
   result["units"] = found.units;
   result["threads"] = found.threads;
   result["blocks"] = found.blocks;
@@ -100,7 +101,7 @@ PYBIND11_MODULE(_C, m) {
     return gpus;
   });
   m.def("plan", &plan, py::kw_only(), py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-        py::arg("D"), py::arg("item_bytes"), py::arg("gpu"), py::arg("kernel"));
+        py::arg("D"), py::arg("item_bytes"), py::arg("gpu"), py::arg("kernel"), py::arg("persistent") = false);
   m.def("poison", [](bool on) { fastrnn::poison() = on; }, py::arg("on"));
   m.def("cpu_isas", &fastrnn::cpu_isas);
   m.def("cpu_isa", &fastrnn::cpu_isa);

@@ -147,7 +147,7 @@ def explain(
     size = getattr(torch, dtype).itemsize
     plan = native.plan(
         cell=cell, T=T, B=B, I=I, H=H, D=1 + bidirectional, item_bytes=size, gpu=facts,
-        kernel=kernel,
+        kernel=kernel, persistent=os.environ.get("FASTRNN_PERSISTENT") == "1",
     )  # fmt: skip
     rows = [
         ("kernel", f"{plan['kernel']}: {plan['why']}"),
@@ -155,6 +155,7 @@ def explain(
         ("grid", f"{plan['blocks']} blocks on {facts['multiprocessors']} multiprocessors"),
         ("input products", f"of {plan['chunk_steps']} steps at a time"),
         ("launches", f"{plan['launches']} in a forward pass"),
+        ("weights", plan["weights"]),
         *(("not", reason) for reason in plan["against"]),
     ]
     directions = ", both directions" if bidirectional else ""

@@ -39,13 +39,17 @@ def check(
     assert not failures, "\n" + "\n".join(failures)
 
 
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(torch.uint8)
+
+
 def check_identical(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Assert that both hold the same tensors, bit for bit."""
     assert list(got) == list(expected)
     different = [
         name
         for name in got
-        if not torch.equal(got[name].view(torch.uint8), expected[name].view(torch.uint8))
+        if not torch.equal(bits(got[name]), bits(expected[name]))
     ]
     assert not different, f"not bit-identical: {different}"
 

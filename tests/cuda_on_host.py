@@ -23,8 +23,8 @@ from fastrnn import _ops, stream
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     "csrc/ops.cpp", "csrc/cuda/device.cpp", "csrc/cuda/program.cpp",
-    "csrc/cuda/scan_step_forward.cpp", "csrc/cuda/scan_step_backward.cpp",
-    "tests/cpp/cuda_on_host.cpp",
+    "csrc/cuda/scan_forward.cpp", "csrc/cuda/scan_backward.cpp",
+    "tests/cpp/cuda_on_host.cpp", "tests/cpp/cuda_blocks_on_host.cpp",
 ]  # fmt: skip
 
 
@@ -53,7 +53,12 @@ def _flags() -> list[str]:
 def build() -> Path:
     """The library, compiled where a source has changed."""
     flags = _flags()
-    headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl"))
+    headers = sorted(
+        path
+        for folder in ("csrc", "tests/cpp")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".h", ".inl")
+    )
     text = repr(flags).encode() + b"".join(path.read_bytes() for path in headers)
     folder = ROOT / "build" / "cuda_on_host"
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,16 +93,18 @@ def load() -> Any:
 
 
 class Programs(NamedTuple):
-    """What csrc/cuda/program.h has done in this process."""
+    """What csrc/cuda has done in this process: programs recorded, programs run, memories of
+    programs that are kept."""
 
     recorded: int
     run: int
     kept: int
+    blocks: int  # that csrc/cuda/block_kernels.h has run
 
 
 def programs() -> Programs:
     load()
-    counts = (ctypes.c_int64 * 3)()
+    counts = (ctypes.c_int64 * 4)()
     ctypes.CDLL(str(build())).fastrnn_programs(counts)
     return Programs(*counts)
 

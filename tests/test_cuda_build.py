@@ -38,7 +38,7 @@ ENTRY = re.compile(
 
 
 def report(source: Path, architecture: str, target: Path) -> dict[str, dict[str, int]]:
-    """What ptxas says of every kernel of a file; written to build/ptxas-<architecture>.json."""
+    """What ptxas says of every kernel of a file."""
     command = [
         str(NVCC), "-c", "-std=c++17", "-O3", "-fmad=false", f"-arch={architecture}",
         "-Xptxas", "-v", "-Werror", "all-warnings", f"-I{source.parent.parent}", str(source),
@@ -58,28 +58,34 @@ def report(source: Path, architecture: str, target: Path) -> dict[str, dict[str,
     return kernels
 
 
-def wrong(kernels: dict[str, dict[str, int]]) -> list[str]:
+def reports(name: str, folder: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Of a file of kernels, for each architecture; also written to build/ptxas-*.json."""
+    source = ROOT / f"csrc/cuda/{name}.cu"
+    with ThreadPoolExecutor(2) as pool:
+        found = list(
+            pool.map(lambda arch: report(source, arch, folder / f"{arch}.o"), ARCHITECTURES)
+        )
+    target = ROOT / "build"
+    target.mkdir(exist_ok=True)
+    for architecture, kernels in zip(ARCHITECTURES, found, strict=True):
+        text = json.dumps(kernels, indent=1)
+        (target / f"ptxas-{name}-{architecture}.json").write_text(text)
+    return dict(zip(ARCHITECTURES, found, strict=True))
+
+
+def wrong(kernels: dict[str, dict[str, int]], most_registers: int = MOST_REGISTERS) -> list[str]:
     """The kernels that use memory where registers were meant, or too many registers."""
     return [
         f"{name}: {facts}"
         for name, facts in kernels.items()
         if facts["spilled"] + facts["stack"] + facts["shared"] > 0
         or facts["registers"]
-        > (MOST_REGISTERS_OF_PROGRAM if "OfProgram" in name else MOST_REGISTERS)
+        > (MOST_REGISTERS_OF_PROGRAM if "OfProgram" in name else most_registers)
     ]
 
 
-def test_kernels(tmp_path: Path) -> None:
-    source = ROOT / "csrc/cuda/step_kernels.cu"
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(
-            lambda name: report(source, name, tmp_path / f"{name}.o"), ARCHITECTURES
-        )
-        reports = dict(zip(ARCHITECTURES, found, strict=True))
-    for architecture, kernels in reports.items():
-        folder = ROOT / "build"
-        folder.mkdir(exist_ok=True)
-        (folder / f"ptxas-{architecture}.json").write_text(json.dumps(kernels, indent=1))
+def test_kernels_of_a_step(tmp_path: Path) -> None:
+    for kernels in reports("step_kernels", tmp_path).values():
         # Forward and backward of 4 cells, 4 dtypes, 2 widths, by itself and of a program; and
         # what goes with them.
         for name in ("Forward", "Backward"):
@@ -87,6 +93,16 @@ def test_kernels(tmp_path: Path) -> None:
             assert len(cells) == 64
             assert sum("OfProgram" in kernel for kernel in cells) == 32
         assert not wrong(kernels)
+
+
+def test_kernels_of_a_block(tmp_path: Path) -> None:
+    """Their weights stay in registers, of which there are 255; shared memory they ask for at the
+    launch."""
+    for kernels in reports("block_kernels", tmp_path).values():
+        # 4 cells, 2 dtypes, 3 sizes.
+        for name in ("BlockForward", "BlockBackward"):
+            assert sum(f"{name}I" in kernel for kernel in kernels) == 24
+        assert not wrong(kernels, 255)
 
 
 SPILLING = """

@@ -12,10 +12,14 @@ from fastrnn import _ops, info
 pytestmark = pytest.mark.skipif(_ops.native_error is not None, reason=str(_ops.native_error))
 
 
-def plan(device: str = "h200", kernel: str = "auto", **shape: Any) -> dict[str, Any]:
+def plan(
+    device: str = "h200", kernel: str = "auto", persistent: bool = False, **shape: Any
+) -> dict[str, Any]:
     native = importlib.import_module("fastrnn._C")
     given = {"cell": "lstm", "T": 256, "B": 32, "I": 512, "H": 512, "D": 1, "item_bytes": 2} | shape
-    result: dict[str, Any] = native.plan(gpu=native.gpus()[device], kernel=kernel, **given)
+    result: dict[str, Any] = native.plan(
+        gpu=native.gpus()[device], kernel=kernel, persistent=persistent, **given
+    )
     return result
 
 
@@ -41,13 +45,36 @@ def test_sizes(device: str, shape: dict[str, Any], expected: tuple[int, ...]) ->
 
 
 def test_reasons_against_the_others() -> None:
-    small, large = plan(H=64)["against"], plan(H=4096, item_bytes=4)["against"]
+    small, large = plan(H=64), plan(H=4096, item_bytes=4)
     kernels = ["step-graph", "persistent-block", "persistent-grid"]
-    assert [reason.split(":")[0] for reason in small] == kernels
-    assert "not measured yet" in small[0]
-    assert "of 256 MiB" in large[0]
-    assert all("would fit" in reason for reason in small[1:])
-    assert all("does not fit" in reason for reason in large[1:])
+    for found in (small, large):
+        assert [reason.split(":")[0] for reason in found["against"]] == kernels
+    assert "not measured yet" in small["against"][0]
+    assert "not measured yet" in small["against"][1]
+    assert "of 256 MiB" in large["against"][0]
+    assert "bfloat16 and float16" in large["against"][1]
+    assert "up to H=128" in plan(H=130)["against"][1]
+    assert "would fit into the 192 KiB" in small["weights"]
+    assert "does not fit into the 192 KiB" in large["weights"]
+
+
+# Shape -> threads of a block, blocks, launches of a pass.
+BLOCKS: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
+    ({"H": 64}, (128, 4, 4)),
+    ({"H": 65, "B": 1}, (256, 1, 4)),
+    ({"H": 128, "B": 17, "D": 2}, (256, 6, 8)),
+    ({"H": 128, "B": 1024, "T": 1000}, (256, 128, 66)),
+]
+
+
+@pytest.mark.parametrize(("shape", "expected"), BLOCKS)
+def test_blocks(shape: dict[str, Any], expected: tuple[int, ...]) -> None:
+    """Chosen by itself only where kernels may be that are not proven on a GPU."""
+    assert plan(**shape)["kernel"] == "step"
+    for found in (plan(kernel="persistent-block", **shape), plan(persistent=True, **shape)):
+        assert found["kernel"] == "persistent-block"
+        assert (found["threads"], found["blocks"], found["launches"]) == expected
+    assert plan(persistent=True, **shape | {"item_bytes": 4})["kernel"] == "step"
 
 
 # Launches of a pass, as above but for the graphs: 16 steps each, the table before each of them.
@@ -65,7 +92,7 @@ def test_graphs(shape: dict[str, Any], launches: int) -> None:
     found = plan(kernel="step-graph", **shape)
     assert found["kernel"] == "step-graph"
     assert found["launches"] == launches
-    assert found["against"][0].startswith("step: ")
+    assert found["against"][0] == "step: step-graph is asked for"
 
 
 def test_requests() -> None:

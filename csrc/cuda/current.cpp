@@ -27,11 +27,11 @@ struct CurrentGpu {
   torch::stable::accelerator::DeviceGuard guard;
 };
 
-class Gpu final : CurrentGpu, public StepDevice {
+class Gpu final : CurrentGpu, public KernelDevice {
  public:
   explicit Gpu(int32_t index)
       : CurrentGpu{torch::stable::accelerator::DeviceGuard(index)},
-        StepDevice({DeviceType::CUDA, index}, step_kernels(), current_stream(index)) {}
+        KernelDevice({DeviceType::CUDA, index}, step_kernels(), block_kernels(), current_stream(index)) {}
 };
 
 }  // namespace

@@ -5,22 +5,22 @@
 #include <vector>
 
 #include "../device.h"
-#include "scan_step.h"
+#include "scan_cuda.h"
 
 namespace fastrnn::cuda {
 
-class StepDevice : public Device {
+class KernelDevice : public Device {
  public:
-  // queue: the stream of the kernels, and of torch's products. Throws where FASTRNN_CUDA_KERNEL asks for kernels that
-  // there are not.
-  StepDevice(const Place& place, const StepKernels& kernels, Queue queue);
+  // queue: the stream of the kernels, and of torch's products. FASTRNN_CUDA_KERNEL, FASTRNN_PERSISTENT and
+  // FASTRNN_DISABLE_PERSISTENT say which kernels run.
+  KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block, Queue queue);
 
   Tensor zeros(const Sizes& sizes, ScalarType dtype) const override;
   char* take_between(size_t bytes) override;
   ScalarType between_dtype(ScalarType storage) const override { return storage; }
 
-  void run(const ScanArgs& args) override { scan_step(args, context_); }
-  void run(const ScanBackwardArgs& args) override { scan_step(args, context_); }
+  void run(const ScanArgs& args) override { scan(args, context_); }
+  void run(const ScanBackwardArgs& args) override { scan(args, context_); }
 
   void outer_product(const Rows& result, int64_t target_rows, int64_t K, const Rows& a, const Rows& b, int64_t rows,
                      bool add) override;

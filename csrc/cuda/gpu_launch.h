@@ -1,4 +1,4 @@
-// `launch` on a GPU: every kernel of csrc/cuda goes through here.
+// `launch` and `launch_blocks` on a GPU: every kernel of csrc/cuda goes through here.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,9 +6,15 @@
 #include <stdexcept>
 #include <string>
 
-#include "machine.h"
+#include "block.h"
 
 namespace fastrnn::cuda {
+
+inline void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("fastrnn: a kernel could not be launched: ") + cudaGetErrorString(error));
+}
 
 template <class Kernel>
 __global__ void __launch_bounds__(kBlockThreads, 1) run(const __grid_constant__ Kernel kernel, int64_t items) {
@@ -23,9 +29,23 @@ void launch(const Kernel& kernel, int64_t items, int64_t groups, Queue queue) {
   check_grid(items, groups);
   const dim3 grid(static_cast<unsigned>((items + kBlockThreads - 1) / kBlockThreads), static_cast<unsigned>(groups));
   run<<<grid, kBlockThreads, 0, static_cast<cudaStream_t>(queue)>>>(kernel, items);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("fastrnn: a kernel could not be launched: ") + cudaGetErrorString(error));
+  check_launch();
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, 1) run_blocks(const __grid_constant__ Kernel kernel) {
+  kernel(Block());
+}
+
+template <class Kernel>
+void launch_blocks(const Kernel& kernel, int64_t blocks, int64_t groups, Queue queue) {
+  static_assert(sizeof(Kernel) <= 4000, "what every GPU takes as arguments of a kernel is 4 KiB");
+  static_assert(Kernel::kSharedBytes <= (48 << 10), "what a block has without asking for more is 48 KiB");
+  if (blocks == 0 || groups == 0) return;
+  check_blocks(blocks, groups);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
+  run_blocks<<<grid, Kernel::kThreads, Kernel::kSharedBytes, static_cast<cudaStream_t>(queue)>>>(kernel);
+  check_launch();
 }
 
 }  // namespace fastrnn::cuda

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "plan.h"
 #include "step_kernels.h"
@@ -64,16 +65,17 @@ FASTRNN_FN uint32_t bits_of(float v) {
 }
 
 FASTRNN_FN float widen(BFloat16 v) { return from_bits(static_cast<uint32_t>(v.bits) << 16); }
+
+#if defined(__CUDA_ARCH__)
+FASTRNN_FN void narrow(float v, BFloat16& out) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+FASTRNN_FN float widen(Half v) { return __half2float(__ushort_as_half(v.bits)); }
+FASTRNN_FN void narrow(float v, Half& out) { out.bits = __half_as_ushort(__float2half_rn(v)); }
+#else
 FASTRNN_FN void narrow(float v, BFloat16& out) {
   const uint32_t bits = bits_of(v);
   const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   out.bits = static_cast<uint16_t>(v == v ? rounded : (bits >> 16) | 0x40);
 }
-
-#if defined(__CUDA_ARCH__)
-FASTRNN_FN float widen(Half v) { return __half2float(__ushort_as_half(v.bits)); }
-FASTRNN_FN void narrow(float v, Half& out) { out.bits = __half_as_ushort(__float2half_rn(v)); }
-#else
 FASTRNN_FN float widen(Half v) {
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7FFF) << 13;
   const uint32_t value =
@@ -134,10 +136,13 @@ FASTRNN_FN void store(T* target, const Compute<T>* source) {
   *reinterpret_cast<Pack<T, kUnits>*>(target) = pack;
 }
 
+inline void check_blocks(int64_t blocks, int64_t groups) {
+  if (blocks < 0 || blocks > kMostBlocks || groups < 0 || groups > kMostGroups)
+    throw std::runtime_error("fastrnn: a kernel of " + std::to_string(blocks) + " blocks for " +
+                             std::to_string(groups) + " groups is too large for a GPU");
+}
 inline void check_grid(int64_t items, int64_t groups) {
-  if (items < 0 || items > kMostBlocks * kBlockThreads || groups < 0 || groups > kMostGroups)
-    throw std::runtime_error("fastrnn: a kernel for " + std::to_string(items) + " items of " + std::to_string(groups) +
-                             " groups is too large for a GPU");
+  check_blocks(items < 0 ? items : items / kBlockThreads + (items % kBlockThreads != 0), groups);
 }
 
 // A thread for each of `items` of each of `groups`, in blocks of kBlockThreads. Defined by what compiles the kernels;

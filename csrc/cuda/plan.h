@@ -30,8 +30,10 @@ struct PlanShape {
   CellId cell;
   int64_t T, B, I, H, D;
   int64_t item_bytes, compute_bytes;  // of an element of Storage and of Compute
+  bool projected;
 };
 
+constexpr int kBlockRows = 8;       // of a batch, in a block that runs all steps: the columns of a product
 constexpr int kBlockThreads = 256;  // of every gate kernel: at up to 80 registers a thread, three blocks at a time
 constexpr int64_t kMostBlocks = 2147483647, kMostGroups = 65535;  // of a grid, in x and y
 
@@ -66,73 +68,101 @@ constexpr int64_t chunk_rows(int64_t rows, int64_t B, int64_t row_bytes) {
   return std::max(B, std::min(rows, kChunkBytes / std::max<int64_t>(row_bytes, 1)));
 }
 
-// Why these kernels, by their name, are not to be had in this version; empty if they are.
-inline std::string why_not_kernel(const std::string& name) {
-  if (name == "auto" || name == "step" || name == "step-graph") return "";
-  if (name == "persistent-block" || name == "persistent-grid") return "not in this version";
-  return "there are auto, step, step-graph, persistent-block and persistent-grid";
+// H up to which one block keeps weight_hh, of any cell, in its registers: 4 gates of 128 units take half of them.
+constexpr int64_t kMostBlockUnits = 128;
+
+constexpr const char* kKernels[] = {"step", "step-graph", "persistent-block", "persistent-grid"};
+
+// Why a kernel, by its name, cannot run a pass; empty if it can.
+inline std::string why_not_kernel(const std::string& name, const PlanShape& s) {
+  if (name == "step") return "";
+  if (name == "step-graph") {
+    const int64_t weights = s.D * kCells[static_cast<int>(s.cell)].gates * s.H * s.H * s.item_bytes;
+    if (weights <= kMostProgramWeights) return "";
+    return "weight_hh of " + std::to_string(weights >> 20) + " MiB: reading it takes longer than the launches";
+  }
+  if (name == "persistent-block") {
+    if (s.projected) return "it has no projection";
+    if (s.item_bytes != 2) return "its products are those of bfloat16 and float16";
+    if (s.H > kMostBlockUnits)
+      return "H=" + std::to_string(s.H) +
+             ": weight_hh fits into the registers of a block up to H=" + std::to_string(kMostBlockUnits);
+    return "";
+  }
+  if (name == "persistent-grid") return "not in this version";
+  std::string all = "auto";
+  for (const char* kernel : kKernels) all += std::string(", ") + kernel;
+  return "there are " + all;
 }
 
-// Why the steps of a layer with these weights of all groups are not run as programs; empty if they can be.
-inline std::string why_not_program(int64_t weight_bytes) {
-  if (weight_bytes <= kMostProgramWeights) return "";
-  return "weight_hh of " + std::to_string(weight_bytes >> 20) + " MiB: reading it takes longer than the launches";
+// Why the kernel that is asked for, or "auto", cannot run a pass; empty if it can.
+inline std::string why_not_asked(const std::string& asked, const PlanShape& s) {
+  return asked == "auto" ? "" : why_not_kernel(asked, s);
+}
+
+// The kernel of a pass: the one that is asked for, which can run it; of "auto" the best one that is proven on GPUs,
+// with `persistent` also of those that are not yet.
+inline std::string choose_kernel(const std::string& asked, bool persistent, const PlanShape& s) {
+  if (asked != "auto") return asked;
+  return persistent && why_not_kernel("persistent-block", s).empty() ? "persistent-block" : "step";
 }
 
 struct Plan {
   std::string kernel, why;           // chosen, and the reason
   std::vector<std::string> against;  // "kernel: reason", for each of the others
+  std::string weights;               // whether weight_hh would fit where it could stay
   int units;                         // of a thread of the gate kernel
-  int64_t threads, blocks;           // of a step's gate kernel
+  int64_t threads, blocks;           // of a step's gate kernel; persistent-block: threads of a block, blocks
   int64_t chunk_steps;               // steps whose input products are computed together
   int64_t launches;                  // of a forward pass with biases and without projection
 };
 
-// kernel: "auto", or the one that is asked for; throws std::invalid_argument where that cannot run it.
-inline Plan plan_pass(const PlanShape& s, const GpuFacts& gpu, const std::string& kernel = "auto") {
+// Throws std::invalid_argument where the kernel that is asked for cannot run it.
+inline Plan plan_pass(const PlanShape& s, const GpuFacts& gpu, const std::string& asked = "auto",
+                      bool persistent = false) {
   if (s.T < 1 || s.B < 1 || s.I < 0 || s.H < 1 || s.D < 1)
     throw std::invalid_argument("fastrnn: a plan needs T, B, H and D of at least 1, and I of at least 0");
   const CellInfo& cell = kCells[static_cast<int>(s.cell)];
   Plan plan;
-  const int64_t weights = cell.gates * s.H * s.H * s.item_bytes;
-  const std::string no_program = why_not_program(s.D * weights);
-  const bool graph = kernel == "step-graph" && no_program.empty();
-  if (graph) {
-    plan.kernel = kernel;
-    plan.why = "asked for: " + std::to_string(kProgramSteps) + " steps of a product and a gate kernel as a CUDA graph";
-    plan.against.push_back("step: step-graph is asked for");
-  } else {
-    plan.kernel = "step";
-    plan.why = "one matrix product and one gate kernel per time step take any shape and dtype";
-    plan.against.push_back("step-graph: " + (no_program.empty() ? "not measured yet, to be asked for" : no_program));
+  if (const std::string reason = why_not_asked(asked, s); !reason.empty())
+    throw std::invalid_argument("fastrnn: kernel '" + asked + "' cannot run this: " + reason);
+  plan.kernel = choose_kernel(asked, persistent, s);
+  const bool graph = plan.kernel == "step-graph", block = plan.kernel == "persistent-block";
+  plan.why = graph   ? std::to_string(kProgramSteps) + " steps of a product and a gate kernel as a CUDA graph"
+             : block ? "weight_hh stays in the registers of a block, which runs all steps of " +
+                           std::to_string(kBlockRows) + " rows"
+                     : "one matrix product and one gate kernel per time step take any shape and dtype";
+  plan.why += asked == plan.kernel ? "; asked for" : "";
+  for (const char* other : kKernels) {
+    if (other == plan.kernel) continue;
+    std::string reason = why_not_kernel(other, s);
+    if (reason.empty()) reason = plan.kernel == asked ? plan.kernel + " is asked for" : "not measured yet";
+    plan.against.push_back(std::string(other) + ": " + reason);
   }
-  plan.units = units_per_thread(s.H, s.compute_bytes);
-  plan.threads = s.B * s.H / plan.units;
-  plan.blocks = (plan.threads + kBlockThreads - 1) / kBlockThreads * s.D;
+  plan.units = block ? 2 : units_per_thread(s.H, s.compute_bytes);
+  plan.threads = block ? (s.H <= 64 ? 128 : 256) : s.B * s.H / plan.units;
+  plan.blocks =
+      (block ? (s.B + kBlockRows - 1) / kBlockRows : (plan.threads + kBlockThreads - 1) / kBlockThreads) * s.D;
   const int64_t rows = chunk_rows(s.T * s.B, s.B, s.D * cell.gates * s.H * s.compute_bytes);
   plan.chunk_steps = std::max<int64_t>(1, std::min(s.T, rows / std::max<int64_t>(s.B, 1)));
   const int64_t chunks = (s.T + plan.chunk_steps - 1) / plan.chunk_steps;
   const int64_t copies = s.D > 1 || graph ? s.D : 0;  // of weight_hh: as one batch, or where a graph reads it
-  // Of a chunk: a graph and its table each time, or a product and a kernel each step.
+  // Of a chunk: the input products; all steps at once, graphs and their tables, or a product and a kernel each.
   const auto launches_of = [&](int64_t steps) {
     const int64_t programs = graph ? (steps + kProgramSteps - kFewSteps) / kProgramSteps : 0;
-    return s.D + 2 * (programs + std::max<int64_t>(0, steps - programs * kProgramSteps));
+    return s.D + (block ? 1 : 2 * (programs + std::max<int64_t>(0, steps - programs * kProgramSteps)));
   };
   // States, biases, copies; chunks, of which the last may be shorter.
   plan.launches = 1 + s.D + copies + (chunks - 1) * launches_of(plan.chunk_steps) +
                   launches_of(s.T - (chunks - 1) * plan.chunk_steps);
-  const int64_t block = gpu.register_bytes * 3 / 4, all = (block + gpu.shared_bytes * 2 / 3) * gpu.multiprocessors;
+  // Where weight_hh would lie.
+  const int64_t weights = cell.gates * s.H * s.H * s.item_bytes;
+  const int64_t room = gpu.register_bytes * 3 / 4;
+  const int64_t all = (room + gpu.shared_bytes * 2 / 3) * gpu.multiprocessors / s.D;
   const auto kib = [](int64_t bytes) { return std::to_string((bytes + 1023) / 1024) + " KiB"; };
-  const auto refuse = [&](const char* kernel, int64_t room, const char* where) {
-    const std::string fits = weights <= room ? "would fit" : "does not fit";
-    plan.against.push_back(std::string(kernel) + ": " + why_not_kernel(kernel) + " (weight_hh of " + kib(weights) +
-                           " " + fits + " into the " + kib(room) + " " + where + ")");
-  };
-  refuse("persistent-block", block, "of one multiprocessor's registers");
-  refuse("persistent-grid", all / s.D, "of all multiprocessors' registers and shared memory for a direction");
-  std::string reason = why_not_kernel(kernel);
-  if (kernel == "step-graph") reason = no_program;
-  if (!reason.empty()) throw std::invalid_argument("fastrnn: kernel '" + kernel + "' cannot run this: " + reason);
+  plan.weights = "weight_hh of " + kib(weights) + (weights <= room ? " would fit" : " does not fit") + " into the " +
+                 kib(room) + " of one multiprocessor's registers," + (weights <= all ? " would fit" : " does not fit") +
+                 " into the " + kib(all) + " of all multiprocessors' registers and shared memory for a direction";
   return plan;
 }
 

@@ -94,15 +94,7 @@ struct Backward {
     for (int i = 0; i < kUnits; ++i) sum[i] += term[i];
   }
   static constexpr int kWidth = kUnits;
-  static bool is_aligned(const BackwardArgs& a) {
-    const auto aligned = [](const void* array, size_t item) {
-      return reinterpret_cast<uintptr_t>(array) % (kUnits * item) == 0;
-    };
-    bool all = aligned(a.cells, sizeof(Compute<T>));
-    for (const void* array : {a.doutput, a.dh_n, a.dc_n, a.output, a.saved, a.h0, a.c0})
-      all = all && aligned(array, sizeof(T));
-    return all;
-  }
+  static bool is_aligned(const BackwardArgs& a) { return are_aligned(a, kUnits); }
 };
 
 template <class T>

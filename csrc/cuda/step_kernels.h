@@ -94,6 +94,19 @@ struct BackwardArgs : OneStep {
   void *dgates, *drecurrent, *unprojected, *before, *dh0, *dc0;
 };
 
+// Whether the arrays that may be a caller's begin at a multiple of `units` elements.
+inline bool are_aligned(const BackwardArgs& a, int units) {
+  const bool is_double = a.dtype == Dtype::kDouble, is_float = a.dtype == Dtype::kFloat;
+  const size_t item = is_double ? 8 : is_float ? 4 : 2, compute_item = is_double ? 8 : 4;
+  const auto aligned = [&](const void* array, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(array) % (static_cast<size_t>(units) * bytes) == 0;
+  };
+  bool all = aligned(a.cells, compute_item);
+  for (const void* array : {a.doutput, a.dh_n, a.dc_n, a.output, a.saved, a.h0, a.c0})
+    all = all && aligned(array, item);
+  return all;
+}
+
 // The whole gradient of a step's projected h, and of h0 of the rows beyond `count`.
 struct BackwardProjectArgs : OneStep {
   const void* product;  // Compute [D, product_rows, P]

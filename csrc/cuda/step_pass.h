@@ -1,4 +1,4 @@
-// What the forward and the backward pass of scan_step.h have in common: memory, weights as batches, the rows of a step,
+// What the forward and the backward pass of scan_cuda.h have in common: memory, weights as batches, the rows of a step,
 // and steps that run one by one or as programs.
 #pragma once
 
@@ -9,7 +9,7 @@
 #include "gemm.h"
 #include "plan.h"
 #include "program.h"
-#include "scan_step.h"
+#include "scan_cuda.h"
 
 namespace fastrnn::cuda {
 
@@ -36,6 +36,12 @@ class StepPass {
         has_c(kCells[static_cast<int>(shape.cell)].has_c) {
     fill(now.cell);
     fill(now.projection);
+    const PlanShape plan = {s.cell, s.T, s.B, 0, s.H, s.D, item_size(storage), item_size(compute), s.projected};
+    const std::string reason = why_not_asked(on.asked.kernel, plan);
+    STD_TORCH_CHECK(reason.empty(), "fastrnn: FASTRNN_CUDA_KERNEL=", on.asked.kernel, " cannot be met: ", reason);
+    kernel = choose_kernel(on.asked.kernel, on.asked.persistent, plan);
+    STD_TORCH_CHECK(kernel != "step-graph" || on.recorder,
+                    "fastrnn: FASTRNN_CUDA_KERNEL=step-graph cannot be met: nothing here records graphs");
   }
 
   template <class Args>
@@ -51,9 +57,7 @@ class StepPass {
   // the weights [rows, columns] have it, which are copied where they do not stand as one batch, or are kept.
   void take_steps(const char* pass, int units, const void* const* weights, const void* const* projections,
                   int64_t state_width, int64_t product_width, int64_t inner_width, int64_t inner_product_width) {
-    if (on.recorder && on.recorder->is_ready()) {
-      const std::string reason = why_not_program(s.D * G * s.H * s.P * item_size(storage));
-      STD_TORCH_CHECK(reason.empty(), "fastrnn: FASTRNN_CUDA_KERNEL=step-graph cannot be met: ", reason);
+    if (kernel == "step-graph" && on.recorder->is_ready()) {
       key_ = std::string(pass) + on.recorder->product_settings();
       for (int64_t part :
            {int64_t(s.cell), int64_t(s.dtype), int64_t(s.projected), s.B, s.H, s.P, s.D, int64_t(s.direction),
@@ -124,15 +128,8 @@ class StepPass {
   const ScalarType storage, compute;
   const int64_t G, R;
   const bool has_c;
+  std::string kernel;
   Table now{};  // the arguments of the kernels; rows: of steps that wait
-
- private:
-  static ScalarType storage_of(Dtype dtype) {
-    return dtype == Dtype::kFloat      ? ScalarType::Float
-           : dtype == Dtype::kDouble   ? ScalarType::Double
-           : dtype == Dtype::kBFloat16 ? ScalarType::BFloat16
-                                       : ScalarType::Half;
-  }
 
   // The weights [rows, columns] of all groups as one batch, of one group a matrix.
   void fill_batch(Tensor& batch, const void* const* weights, int64_t rows, int64_t columns, ScalarType dtype) const {
@@ -148,6 +145,30 @@ class StepPass {
       Tensor target = view(batch, d * rows * columns, {rows, columns}, {columns, 1}, on.device.place());
       torch::stable::copy_(target, matrix(d));
     }
+  }
+
+  // Which rows a step has, for kernels that run several: in device memory, where they differ.
+  Steps steps_on_device(Tensor& offsets) const {
+    Steps found{s.T, s.B, nullptr};
+    if (!s.offsets) return found;
+    offsets = on.device.make({(s.T + 1) * 8}, ScalarType::Byte);
+    auto* const target = static_cast<int64_t*>(offsets.mutable_data_ptr());
+    for (int64_t first = 0; first <= s.T; first += OffsetsArgs::kMost) {
+      OffsetsArgs args{};
+      args.count = std::min<int64_t>(OffsetsArgs::kMost, s.T + 1 - first), args.target = target + first;
+      std::copy(s.offsets + first, s.offsets + first + args.count, args.values);
+      on.block.offsets(args, on.queue);
+    }
+    found.offsets = target;
+    return found;
+  }
+
+ private:
+  static ScalarType storage_of(Dtype dtype) {
+    return dtype == Dtype::kFloat      ? ScalarType::Float
+           : dtype == Dtype::kDouble   ? ScalarType::Double
+           : dtype == Dtype::kBFloat16 ? ScalarType::BFloat16
+                                       : ScalarType::Half;
   }
 
   // Rows [0, count) of each group of memory; a single group is a matrix.

@@ -5,6 +5,7 @@
 #include "cuda/device.h"
 #include "cuda/program.h"
 #include "cuda/step_kernels.inl"
+#include "host_block.h"
 
 namespace fastrnn {
 namespace cuda {
@@ -53,13 +54,13 @@ const bool has_recorder = (set_recorder(std::make_unique<HostRecorder>()), true)
 }  // namespace cuda
 
 std::unique_ptr<Device> device_of(const Tensor&) {
-  return std::make_unique<cuda::StepDevice>(Place{}, cuda::step_kernels(), nullptr);
+  return std::make_unique<cuda::KernelDevice>(Place{}, cuda::step_kernels(), cuda::block_kernels(), nullptr);
 }
 
 }  // namespace fastrnn
 
-// For tests: programs recorded, programs run, memories of programs that are kept.
+// For tests: programs recorded, programs run, memories of programs that are kept, blocks run.
 extern "C" __attribute__((visibility("default"))) void fastrnn_programs(int64_t* counts) {
   counts[0] = fastrnn::cuda::recorded, counts[1] = fastrnn::cuda::run;
-  counts[2] = static_cast<int64_t>(fastrnn::cuda::kept_memories());
+  counts[2] = static_cast<int64_t>(fastrnn::cuda::kept_memories()), counts[3] = fastrnn::cuda::blocks_run;
 }

@@ -5,45 +5,19 @@ namespace {
 
 class ForwardPass : StepPass<ForwardPass, ForwardTable> {
  public:
-  ForwardPass(const ScanArgs& args, const Context& context)
-      : StepPass(args, context.kernels.forward, context), a(args) {}
+  ForwardPass(const ScanArgs& args, const Context& context) : StepPass(args, context.step.forward, context), a(args) {}
 
   void run() {
-    take_steps("forward", units_per_thread(a.H, item_size(compute)), a.weight_hh, a.weight_hr, a.P, G * a.H, a.H, a.P);
     const Tensor c = has_c ? make(a.B, a.H, compute) : Tensor();
     const Tensor bias = a.bias_ih ? make(G + R, a.H, compute) : Tensor();
-    enter(steps().state, c);
     prepare_bias(bias);
-    const int64_t room = chunk_rows(a.N, a.B, a.D * G * a.H * item_size(compute));
-    const Tensor gates = make(room, G * a.H, compute);
-
+    room_ = chunk_rows(a.N, a.B, a.D * G * a.H * item_size(compute));
+    gates_ = make(room_, G * a.H, compute);
     ForwardArgs& cell = now.cell;
-    cell.product = steps().product.mutable_data_ptr(), cell.product_rows = a.B;
-    cell.gates = gates.mutable_data_ptr(), cell.gates_rows = room;
-    cell.bias = a.bias_ih ? bias.mutable_data_ptr() : nullptr;
-    cell.h = steps().state.mutable_data_ptr(), cell.c = has_c ? c.mutable_data_ptr() : nullptr;
-    cell.m = a.projected ? steps().inner.mutable_data_ptr() : nullptr;
+    cell.gates = gates_.mutable_data_ptr(), cell.gates_rows = room_;
+    cell.bias = a.bias_ih ? bias.mutable_data_ptr() : nullptr, cell.c = has_c ? c.mutable_data_ptr() : nullptr;
     cell.output = a.output, cell.h_n = a.h_n, cell.c_n = a.c_n, cell.cells = a.cells, cell.saved = a.saved;
-    ProjectArgs& projection = now.projection;
-    projection.product = a.projected ? steps().inner_product.mutable_data_ptr() : nullptr;
-    projection.product_rows = a.B, projection.h = cell.h, projection.output = a.output, projection.h_n = a.h_n;
-
-    int64_t chunk_end = 0;
-    for (int64_t t = 0; t < a.T; ++t) {
-      if (t == chunk_end) {
-        run_waiting();  // before its input products are written over
-        chunk_end = input_products(t, room, gates);
-      }
-      StepRows rows[2] = {};
-      for (int reverse : {0, 1}) {
-        rows[reverse].row = has_order(reverse) ? a.row(time_of(t, reverse), 0) : 0;
-        rows[reverse].count = count_of(t, reverse), rows[reverse].count_next = count_of(t + 1, reverse);
-        rows[reverse].gates_row = rows[reverse].row - chunk_begin_[reverse];
-      }
-      run_step(rows, most_rows(t));
-    }
-    run_waiting();
-    keep_steps();
+    kernel == "persistent-block" ? run_blocks() : run_steps();
   }
 
   template <class Cell, class Projection>
@@ -59,11 +33,56 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
   }
 
  private:
-  void enter(const Tensor& h, const Tensor& c) {
+  // A product and a kernel per step.
+  void run_steps() {
+    take_steps("forward", units_per_thread(a.H, item_size(compute)), a.weight_hh, a.weight_hr, a.P, G * a.H, a.H, a.P);
+    ForwardArgs& cell = now.cell;
+    cell.product = steps().product.mutable_data_ptr(), cell.product_rows = a.B;
+    cell.h = steps().state.mutable_data_ptr(), cell.m = a.projected ? steps().inner.mutable_data_ptr() : nullptr;
+    ProjectArgs& projection = now.projection;
+    projection.product = a.projected ? steps().inner_product.mutable_data_ptr() : nullptr;
+    projection.product_rows = a.B, projection.h = cell.h, projection.output = a.output, projection.h_n = a.h_n;
+    enter();
+    int64_t chunk_end = 0;
+    for (int64_t t = 0; t < a.T; ++t) {
+      if (t == chunk_end) {
+        run_waiting();  // before its input products are written over
+        chunk_end = input_products(t);
+      }
+      StepRows rows[2] = {};
+      for (int reverse : {0, 1}) {
+        rows[reverse].row = has_order(reverse) ? a.row(time_of(t, reverse), 0) : 0;
+        rows[reverse].count = count_of(t, reverse), rows[reverse].count_next = count_of(t + 1, reverse);
+        rows[reverse].gates_row = rows[reverse].row - chunk_begin_[reverse];
+      }
+      run_step(rows, most_rows(t));
+    }
+    run_waiting();
+    keep_steps();
+  }
+
+  // A kernel for the steps of a chunk.
+  void run_blocks() {
+    const Tensor h = make(a.B, a.P, storage);
+    Tensor weight, offsets;
+    fill_batch(weight, a.weight_hh, G * a.H, a.H, storage);
+    now.cell.h = h.mutable_data_ptr();
+    enter();
+    BlockForwardArgs args{};
+    args.cell = now.cell, args.steps = steps_on_device(offsets), args.weight_hh = weight.const_data_ptr();
+    args.pairs = a.H % 2 == 0 && reinterpret_cast<uintptr_t>(args.weight_hh) % 4 == 0;
+    for (int64_t first = 0; first < a.T; first = args.end) {
+      args.first = first, args.end = input_products(first);
+      std::copy(chunk_begin_, chunk_begin_ + 2, args.gates_begin);
+      on.block.forward(args, on.queue);
+    }
+  }
+
+  void enter() {
     EnterArgs args{};
     fill(args);
-    args.h0 = a.h0, args.c0 = a.c0, args.h = h.mutable_data_ptr(), args.c = has_c ? c.mutable_data_ptr() : nullptr;
-    on.kernels.enter(args, on.queue);
+    args.h0 = a.h0, args.c0 = a.c0, args.h = now.cell.h, args.c = now.cell.c;
+    on.step.enter(args, on.queue);
   }
 
   void prepare_bias(const Tensor& bias) {
@@ -73,16 +92,16 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
       fill(args);
       args.bias_ih = a.bias_ih[d], args.bias_hh = a.bias_hh[d];
       args.bias = view(bias, d * (G + R) * a.H, {(G + R) * a.H}, {1}, on.device.place()).mutable_data_ptr();
-      on.kernels.bias(args, on.queue);
+      on.step.bias(args, on.queue);
     }
   }
 
   // gates = W_ih x of the steps from `first` on whose rows find room; returns the step behind the last of them.
-  int64_t input_products(int64_t first, int64_t room, const Tensor& gates) {
+  int64_t input_products(int64_t first) {
     int64_t end = first, rows[2] = {0, 0};
     for (; end < a.T; ++end) {
       const int64_t more[2] = {rows[0] + count_of(end, 0), rows[1] + count_of(end, 1)};
-      if (std::max(more[0], more[1]) > room) break;
+      if (std::max(more[0], more[1]) > room_) break;
       rows[0] = more[0], rows[1] = more[1];
     }
     for (int reverse : {0, 1})  // in memory a chunk of reversed steps begins with its last one
@@ -90,7 +109,7 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
     const Place& place = on.device.place();
     for (int64_t d = 0; d < a.D; ++d) {
       const int reverse = a.reversed(d) ? 1 : 0;
-      const Tensor target = view(gates, d * room * G * a.H, {rows[reverse], G * a.H}, {G * a.H, 1}, place);
+      const Tensor target = view(gates_, d * room_ * G * a.H, {rows[reverse], G * a.H}, {G * a.H, 1}, place);
       if (a.I == 0) {
         Tensor zeros = target;
         torch::stable::zero_(zeros);
@@ -104,12 +123,14 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
   }
 
   const ScanArgs& a;
+  Tensor gates_;      // input products of a chunk of steps
+  int64_t room_ = 0;  // rows of it
   int64_t chunk_begin_[2] = {0, 0};
 };
 
 }  // namespace
 
-void scan_step(const ScanArgs& args, const Context& context) {
+void scan(const ScanArgs& args, const Context& context) {
   if (args.N > 0) ForwardPass(args, context).run();
 }
 

@@ -1,8 +1,10 @@
-// The pass of one matrix product and one gate kernel per time step: any shape, any dtype.
+// The passes of a GPU: one matrix product and one gate kernel per time step, for any shape and dtype; or a block of
+// threads for all steps of a few rows, where csrc/cuda/plan.h says so.
 //
 // Computes   csrc/scan.h: the cells along time, forward and backward, all groups of a step at once
 // Work       per step a product by weight_hh of all groups (torch's), then a kernel of step_kernels.h; with a
-//            projection one more of each. The products with weight_ih come before, for the steps of a chunk at once
+//            projection one more of each. Or one kernel of block_kernels.h. The products with weight_ih come before,
+//            for the steps of a chunk at once
 // Memory     torch's allocator: input products of a chunk (at most kChunkBytes of them, or of one step), panels of the
 //            states, and for several groups a copy of weight_hh that stands as one batch
 // Requires   arguments on one device, checked by ops.cpp; batch sizes in host memory
@@ -11,22 +13,33 @@
 // Order      everything on one queue, one after the other: nothing waits for the device, nothing runs beside it
 #pragma once
 
+#include <string>
+
 #include "../device.h"
+#include "block_kernels.h"
 #include "step_kernels.h"
 
 namespace fastrnn::cuda {
 
 class Recorder;
 
+// Which kernel is asked for, and whether those may be chosen that are not proven on a GPU yet.
+struct Asked {
+  std::string kernel = "auto";
+  bool persistent = false;
+};
+
 // Where a pass runs.
 struct Context {
   const Device& device;
-  const StepKernels& kernels;
+  const StepKernels& step;
+  const BlockKernels& block;
   Queue queue;
-  Recorder* recorder;  // of programs, or null: steps run one by one
+  Asked asked;
+  Recorder* recorder;  // of programs, or null
 };
 
-void scan_step(const ScanArgs& args, const Context& context);
-void scan_step(const ScanBackwardArgs& args, const Context& context);
+void scan(const ScanArgs& args, const Context& context);
+void scan(const ScanBackwardArgs& args, const Context& context);
 
 }  // namespace fastrnn::cuda

@@ -1,0 +1,213 @@
+// The bodies of block_kernels.h, and the choice of their instance. Included by block_kernels.cu for GPUs, and by the
+// tests for the host.
+//
+// Computes   the cells of csrc/cells.h along time, of kBlockRows rows of a group in a block
+// Work       a warp: 16 hidden units, for which it keeps its rows of weight_hh as fragments of the tensor cores; a
+//            thread: two neighbouring units of two rows, whose gates all end up with it (block.h). Per step kTiles * G
+//            products of a warp, and one barrier
+// Memory     registers: weights kTiles * G * 4, states; shared: the operand of the next step, twice in turns, so that
+//            nobody writes what another still reads. All else is read and written once, beside one another in pairs
+// Requires   T of 16 bits; H <= 16 kTiles, filled up with zeros; no projection
+// Order      the rows of a block are one after the other in time; blocks do not depend on each other. Sums over k go in
+//            the order of the tensor cores, the same in every call
+#include "block_kernels.h"
+
+#include "block.h"
+
+namespace fastrnn::cuda {
+namespace {
+
+template <class T>
+FASTRNN_FN const T* at(const void* array) {
+  return static_cast<const T*>(array);
+}
+template <class T>
+FASTRNN_FN T* at(void* array) {
+  return static_cast<T*>(array);
+}
+
+template <int kTiles>
+struct BlockShape {
+  static constexpr int kUnits = 16 * kTiles;       // of h, the last ones may be zeros
+  static constexpr int kThreads = kWarp * kTiles;  // a warp for 16 units
+};
+
+// The place of a thread in its warp, as the fragments have it.
+struct Lane {
+  int warp, r, q;
+
+  explicit FASTRNN_FN Lane(int thread) : warp(thread / kWarp), r(thread % kWarp / 4), q(thread % 4) {}
+  FASTRNN_FN int column(int i) const { return 2 * q + i; }  // of the product: a row of the batch
+};
+
+template <class T>
+FASTRNN_FN T zero_of() {
+  T zero;
+  narrow(0.0f, zero);
+  return zero;
+}
+
+template <class T>
+FASTRNN_FN uint32_t word_of(T low, T high) {
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+// Two neighbours in shared memory, of which the first has an even index.
+template <class T>
+FASTRNN_FN uint32_t word_at(const T* pair) {
+  uint32_t word;
+  check_alignment<T, 2>(pair);
+  memcpy(&word, __builtin_assume_aligned(pair, 4), sizeof word);
+  return word;
+}
+template <class T>
+FASTRNN_FN void put(T* pair, const float (&values)[2]) {
+  store<T, 2>(pair, values);
+}
+
+// Two neighbouring hidden units, those of a thread: rows r and r + 8 of a product are units 2r and 2r + 1 of the warp.
+// kPairs: H is even, and arrays begin at an even element, so that both are there or none, and move at once.
+template <bool kPairs>
+struct Units {
+  int warp_unit, first, H;
+
+  FASTRNN_FN Units(const Lane& lane, int width)
+      : warp_unit(16 * lane.warp), first(16 * lane.warp + 2 * lane.r), H(width) {}
+
+  // From, and to, a row of H units; of units that are not there zeros, nothing.
+  template <class F>
+  FASTRNN_FN Pack<F, 2> fetch(const F* row) const {
+    Pack<F, 2> pack = {};
+    if constexpr (kPairs) {
+      if (first < H) {
+        check_alignment<F, 2>(row + first);
+        pack = *reinterpret_cast<const Pack<F, 2>*>(row + first);
+      }
+    } else {
+      FASTRNN_UNROLL
+      for (int j = 0; j < 2; ++j)
+        if (first + j < H) pack.unit[j] = row[first + j];
+    }
+    return pack;
+  }
+  template <class F>
+  FASTRNN_FN void store_pack(F* row, const Pack<F, 2>& pack) const {
+    if constexpr (kPairs) {
+      if (first >= H) return;
+      check_alignment<F, 2>(row + first);
+      *reinterpret_cast<Pack<F, 2>*>(row + first) = pack;
+    } else {
+      FASTRNN_UNROLL
+      for (int j = 0; j < 2; ++j)
+        if (first + j < H) row[first + j] = pack.unit[j];
+    }
+  }
+  // The same as numbers.
+  template <class F>
+  FASTRNN_FN void load(const F* row, float (&values)[2]) const {
+    const Pack<F, 2> pack = fetch(row);
+    values[0] = widen(pack.unit[0]), values[1] = widen(pack.unit[1]);
+  }
+  template <class F>
+  FASTRNN_FN void store(F* row, const float (&values)[2]) const {
+    Pack<F, 2> pack;
+    narrow(values[0], pack.unit[0]), narrow(values[1], pack.unit[1]);
+    store_pack(row, pack);
+  }
+};
+
+// The fragments of weights of a warp, for kGates gates.
+template <int kGates, int kTiles>
+struct Weights {
+  uint32_t words[kGates][kTiles][4];
+
+  // `get` gives the word of a gate, a unit of the warp, and a column of the matrix and the one after it.
+  template <class Get>
+  FASTRNN_FN void load(const Lane& lane, Get get) {
+    FASTRNN_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) FASTRNN_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      FASTRNN_UNROLL
+      for (int i = 0; i < 4; ++i)
+        words[gate][tile][i] = get(gate, 2 * lane.r + i % 2, 16 * tile + 2 * lane.q + i / 2 * 8);
+      // Not all loads at once: their addresses would take the registers that the weights are to have.
+      if (tile % 2 == 1) keep_order();
+    }
+  }
+};
+
+// Steps [begin, end).
+struct Range {
+  int64_t begin, end;
+
+  // Those that have a row: as rows leave, and never enter again, they are the first ones, in reverse the last ones.
+  FASTRNN_FN void keep_active(const Steps& steps, bool reversed, int64_t row) {
+    const auto active = [&](int64_t step) { return steps.count(reversed ? steps.T - 1 - step : step) > row; };
+    int64_t low = begin, high = end;  // the first step of which `active` differs from that of the first ones
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (active(middle) != reversed)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    if (reversed)
+      begin = low;
+    else
+      end = low;
+  }
+};
+
+#include "block_backward.inl"
+#include "block_forward.inl"
+
+struct Offsets {
+  OffsetsArgs a;
+
+  FASTRNN_FN void operator()(Thread thread) const { a.target[thread.item] = a.values[thread.item]; }
+};
+
+template <class F>
+void with_cell(CellId cell, F f) {
+  switch (cell) {
+#define FASTRNN_CASE(name, Cell) \
+  case CellId::name:             \
+    return f(static_cast<Cell*>(nullptr));
+    FASTRNN_CELLS(FASTRNN_CASE)
+#undef FASTRNN_CASE
+  }
+}
+
+// Launches the instance of a kernel <Cell, T, kTiles, kPairs> for these arguments.
+template <template <class, class, int, bool> class Kernel, class Args>
+void launch_instance(const Args& a, Queue queue) {
+  with_cell(a.cell.cell, [&](auto* cell) {
+    using Cell = std::remove_pointer_t<decltype(cell)>;
+    const int64_t blocks = (a.cell.B + kBlockRows - 1) / kBlockRows;
+    const auto run = [&](auto* dtype) {
+      using T = std::remove_pointer_t<decltype(dtype)>;
+      if (!a.pairs)
+        launch_blocks(Kernel<Cell, T, 8, false>{{}, a}, blocks, a.cell.D, queue);
+      else if (a.cell.H <= 64)
+        launch_blocks(Kernel<Cell, T, 4, true>{{}, a}, blocks, a.cell.D, queue);
+      else
+        launch_blocks(Kernel<Cell, T, 8, true>{{}, a}, blocks, a.cell.D, queue);
+    };
+    if (a.cell.dtype == Dtype::kHalf)
+      run(static_cast<Half*>(nullptr));
+    else
+      run(static_cast<BFloat16*>(nullptr));
+  });
+}
+
+}  // namespace
+
+const BlockKernels& block_kernels() {
+  static const BlockKernels table = {
+      launch_instance<BlockForward, BlockForwardArgs>,
+      launch_instance<BlockBackward, BlockBackwardArgs>,
+      [](const OffsetsArgs& a, Queue queue) { launch(Offsets{a}, a.count, 1, queue); },
+  };
+  return table;
+}
+
+}  // namespace fastrnn::cuda

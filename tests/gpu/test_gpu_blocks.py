@@ -1,0 +1,146 @@
+"""The kernels that run all steps of a few rows in one block (FASTRNN_CUDA_KERNEL=persistent-block,
+csrc/cuda/block_kernels.h), against torch.nn by the rule. Numbers of 16 bits only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_gpu_parity import LONG, expected, states
+
+import cuda_on_host
+import fastrnn
+from cases import CASES, CELLS, DTYPES, Case
+from compare import check, check_identical
+
+LOW = ["bfloat16", "float16"]
+MOST_UNITS = 128
+
+
+@pytest.fixture(autouse=True)
+def _blocks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRNN_CUDA_KERNEL", "persistent-block")
+
+
+# Rows that fill a block and one more, units that fill no fragment, sizes of either instance; rows
+# that enter and leave at all steps, several blocks of them.
+SIZES = [
+    Case("block-full", "as many rows as a block has", T=4, B=8, H=16),
+    Case("block-and-one", "a block of one row", T=4, B=9, H=32),
+    Case("H64", "the smaller instance, full", T=4, B=3, I=9, H=64, bidirectional=True),
+    Case("H66", "the larger one, a pair beyond a fragment", T=4, B=2, H=66),
+    Case("H127", "the larger one, units one by one", T=3, B=2, H=127),
+    Case("H128", "the larger one, full", T=3, B=2, H=128),
+    Case("packed-blocks", "a block whose rows have all left", bidirectional=True, H=10,
+         lengths=(9, 9, 8, 8, 8, 5, 5, 5, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES + LONG + SIZES, ids=lambda case: case.id)
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "lstm_proj"])
+def test_layer(device: str, cell: str, dtype: str, case: Case) -> None:
+    problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
+    if case.H > MOST_UNITS:
+        with pytest.raises(RuntimeError, match="block cannot be met: H=150"):
+            problem.run(fastrnn, device=device)
+        return
+    first = problem.run(fastrnn, device=device)
+    check(first, torch_same, ref64)
+    check_identical(problem.run(fastrnn, device=device), first)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_more_steps_than_fit_into_the_arguments_of_a_kernel(
+    device: str, name: str, dtype: str
+) -> None:
+    """The offsets of packed steps go to the device a few hundred at a time."""
+    low = DTYPES[dtype]
+    layer = getattr(fastrnn, name)(2, 4).to(device, low)
+    x = torch.randn(1000, 2, 2, device=device).to(low)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([1000, 901]))
+    output, state = torch.nn.utils.rnn.pad_packed_sequence(layer(packed)[0])[0], layer(packed)[1]
+    plain = layer(x)[0]
+    torch.testing.assert_close(output[:, 0], plain[:, 0], rtol=0, atol=0)
+    torch.testing.assert_close(output[:901, 1], plain[:901, 1], rtol=0, atol=0)
+    torch.testing.assert_close(states(state)[0][0, 1], plain[900, 1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_stay_in_their_row(
+    device: str, name: str, dtype: str, value: float
+) -> None:
+    low = DTYPES[dtype]
+    layer = getattr(fastrnn, name)(6, 20).to(device, low)
+    x = torch.randn(5, 10, 6, device=device).to(low)
+    clean = layer(x)[0]
+    x[2, 3, 1] = value
+    output = layer(x)[0]
+    others = [b for b in range(10) if b != 3]
+    assert torch.equal(output[:, others], clean[:, others])
+    if value != value:
+        assert output[2:, 3].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_arrays_that_begin_at_an_odd_element(device: str, name: str, dtype: str) -> None:
+    """Weights, states and gradients."""
+    low = DTYPES[dtype]
+
+    def apart(t: torch.Tensor) -> torch.Tensor:
+        larger = torch.empty(t.numel() + 1, dtype=low, device=device)
+        larger[1:] = t.detach().flatten()
+        return larger[1:].view(t.shape)
+
+    results = []
+    layer = getattr(fastrnn, name)(4, 8).to(device, low)
+    x, h, dy = (torch.randn(*s, device=device).to(low) for s in ((5, 3, 4), (1, 3, 8), (5, 3, 8)))
+    for place in (torch.clone, apart):
+        for parameter in layer.parameters():
+            parameter.data = place(parameter.data)
+        hx = place(h)
+        output, state = layer(place(x), (hx, hx) if name == "LSTM" else hx)
+        found = [output, *states(state)]
+        slopes = [place(dy), *(place(h) for _ in states(state))]
+        grads = torch.autograd.grad(found, list(layer.parameters()), slopes)
+        results.append([t.detach() for t in (*found, *grads)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_what_it_cannot_run_is_refused(device: str) -> None:
+    for layer, dtype, reason in (
+        (fastrnn.LSTM(2, 4), torch.float32, "its products are those of bfloat16 and float16"),
+        (fastrnn.LSTM(2, 4, proj_size=2), torch.bfloat16, "it has no projection"),
+        (fastrnn.GRU(2, 130), torch.bfloat16, "H=130: weight_hh fits"),
+    ):
+        with pytest.raises(RuntimeError, match=f"persistent-block cannot be met: {reason}"):
+            layer.to(device, dtype)(torch.ones(1, 1, 2, device=device, dtype=dtype))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the host counts blocks")
+@pytest.mark.parametrize("persistent", ["", "1"])
+def test_it_runs_where_it_is_asked_for(
+    device: str, monkeypatch: pytest.MonkeyPatch, persistent: str
+) -> None:
+    """By itself only with FASTRNN_PERSISTENT=1, which leaves what it cannot run to the others."""
+    monkeypatch.setenv("FASTRNN_PERSISTENT", persistent)
+    layer = fastrnn.LSTM(2, 4).to(device)
+
+    def blocks(kernel: str, dtype: torch.dtype) -> int:
+        monkeypatch.setenv("FASTRNN_CUDA_KERNEL", kernel)
+        before = cuda_on_host.programs().blocks
+        layer.to(dtype)(torch.ones(3, 9, 2, device=device, dtype=dtype))
+        return cuda_on_host.programs().blocks - before
+
+    assert blocks("persistent-block", torch.bfloat16) == 2
+    assert blocks("step", torch.bfloat16) == 0
+    assert blocks("auto", torch.bfloat16) == (2 if persistent else 0)
+    assert blocks("auto", torch.float32) == 0
+    monkeypatch.setenv("FASTRNN_DISABLE_PERSISTENT", "1")
+    assert blocks("auto", torch.bfloat16) == 0
+    with pytest.raises(RuntimeError, match="cannot be met: FASTRNN_DISABLE_PERSISTENT=1"):
+        blocks("persistent-block", torch.bfloat16)
