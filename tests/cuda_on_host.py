@@ -109,6 +109,11 @@ def programs() -> Programs:
     return Programs(*counts)
 
 
+def allow_programs(allowed: bool) -> None:
+    """Whether steps can be recorded: as on a GPU whose stream somebody else records."""
+    ctypes.CDLL(str(build())).fastrnn_allow_programs(int(allowed))
+
+
 @contextlib.contextmanager
 def on_host_kernels() -> Iterator[None]:
     """Layers run on them inside the block."""

@@ -1,5 +1,6 @@
 #include "current.h"
 
+#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -35,6 +36,14 @@ class Gpu final : CurrentGpu, public KernelDevice {
 };
 
 }  // namespace
+
+intptr_t new_stream(int32_t index) {
+  const CurrentGpu gpu{torch::stable::accelerator::DeviceGuard(index)};
+  cudaStream_t stream = nullptr;
+  const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  STD_TORCH_CHECK(error == cudaSuccess, "fastrnn: no stream could be made: ", cudaGetErrorString(error));
+  return reinterpret_cast<intptr_t>(stream);
+}
 
 std::unique_ptr<Device> current_device(int32_t index) { return std::make_unique<Gpu>(index); }
 

@@ -133,6 +133,7 @@ inline Plan plan_pass(const PlanShape& s, const GpuFacts& gpu, const std::string
                            std::to_string(kBlockRows) + " rows"
                      : "one matrix product and one gate kernel per time step take any shape and dtype";
   plan.why += asked == plan.kernel ? "; asked for" : "";
+  if (graph && s.T < kFewSteps) plan.why += "; a pass of fewer than " + std::to_string(kFewSteps) + " has none";
   for (const char* other : kKernels) {
     if (other == plan.kernel) continue;
     std::string reason = why_not_kernel(other, s);

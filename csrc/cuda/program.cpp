@@ -1,7 +1,7 @@
 #include "program.h"
 
-#include <list>
 #include <mutex>
+#include <unordered_map>
 #include <utility>
 
 #include "plan.h"
@@ -9,10 +9,24 @@
 namespace fastrnn::cuda {
 namespace {
 
+using Memories = std::unordered_multimap<std::string, std::unique_ptr<StepMemory>>;
+
 struct Kept {
   std::mutex mutex;
-  std::list<std::pair<std::string, std::unique_ptr<StepMemory>>> memories;  // the one used last first
+  Memories memories;
+  int taken = 0;  // by passes that run
+  bool release = false;
   std::unique_ptr<Recorder> recorder;
+
+  // All of them, if it is time; to be destroyed without the lock.
+  Memories due() {
+    int64_t bytes = 0;
+    for (const auto& entry : memories) bytes += entry.second->bytes();
+    release = release || memories.size() > kMostPrograms || bytes > kMostProgramBytes;
+    if (!release || taken > 0) return {};
+    release = false;
+    return std::exchange(memories, {});
+  }
 };
 
 // Never destroyed: at the end of the process there may be no GPU any more to give memory back to.
@@ -36,31 +50,29 @@ void set_recorder(std::unique_ptr<Recorder> recorder) { kept().recorder = std::m
 std::unique_ptr<StepMemory> take_memory(const std::string& key) {
   Kept& all = kept();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  for (auto entry = all.memories.begin(); entry != all.memories.end(); ++entry) {
-    if (entry->first != key) continue;
-    std::unique_ptr<StepMemory> memory = std::move(entry->second);
-    all.memories.erase(entry);
-    return memory;
-  }
-  return nullptr;
+  ++all.taken;
+  const auto entry = all.memories.find(key);
+  if (entry == all.memories.end()) return nullptr;
+  std::unique_ptr<StepMemory> memory = std::move(entry->second);
+  all.memories.erase(entry);
+  return memory;
 }
 
-void keep_memory(const std::string& key, std::unique_ptr<StepMemory> memory) {
-  std::list<std::pair<std::string, std::unique_ptr<StepMemory>>> gone;  // destroyed without the lock
+void give_back_memory(const std::string& key, std::unique_ptr<StepMemory> memory) {
+  Memories due;
   Kept& all = kept();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  all.memories.emplace_front(key, std::move(memory));
-  int64_t bytes = 0;
-  size_t count = 0;
-  for (auto entry = all.memories.begin(); entry != all.memories.end();) {
-    const auto next = std::next(entry);
-    const int64_t more = entry->second->bytes();
-    if (count == kMostPrograms || bytes + more > kMostProgramBytes)
-      gone.splice(gone.end(), all.memories, entry);
-    else
-      ++count, bytes += more;
-    entry = next;
-  }
+  --all.taken;
+  if (memory) all.memories.emplace(key, std::move(memory));
+  due = all.due();
+}
+
+void release_memories() {
+  Memories due;
+  Kept& all = kept();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.release = true;
+  due = all.due();
 }
 
 size_t kept_memories() {

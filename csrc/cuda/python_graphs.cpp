@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "current.h"
 #include "program.h"
 
 namespace py = pybind11;
@@ -23,10 +24,17 @@ auto in_python(F f) {
 
 class PythonProgram : public cuda::Program {
  public:
-  explicit PythonProgram(py::object replay) : replay_(std::move(replay)) {}
+  explicit PythonProgram(py::object program)
+      : program_(std::move(program)),
+        replay_(program_.attr("replay")) {}
   ~PythonProgram() override {
     const py::gil_scoped_acquire lock;
-    replay_ = py::object();
+    try {
+      program_.attr("close")();
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("fastrnn: a program is closed");
+    }
+    replay_ = program_ = py::object();
   }
 
   void run() override {
@@ -34,7 +42,7 @@ class PythonProgram : public cuda::Program {
   }
 
  private:
-  py::object replay_;
+  py::object program_, replay_;
 };
 
 class PythonRecorder : public cuda::Recorder {
@@ -73,6 +81,8 @@ void bind_graphs(py::module_& m) {
       },
       py::kw_only(), py::arg("is_ready"), py::arg("record"), py::arg("product_settings"));
   m.def("kept_programs", &cuda::kept_memories);
+  m.def("release_programs", &cuda::release_memories, py::call_guard<py::gil_scoped_release>());
+  m.def("new_stream", &cuda::new_stream, py::arg("device"));
 }
 
 }  // namespace fastrnn

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "gemm.h"
 #include "plan.h"
@@ -73,13 +74,18 @@ class StepPass {
         memory_->inner = make(s.B, inner_width, compute);
         memory_->inner_product = make(s.B, inner_product_width, compute);
       }
+      STD_TORCH_CHECK(key_.empty() || memory_->bytes() <= kMostProgramBytes / 4, "fastrnn: FASTRNN_CUDA_KERNEL=",
+                      kernel, " cannot be met: the products of a step are too large to be kept");
       if (!key_.empty()) memory_->table = on.device.make({static_cast<int64_t>(sizeof(Table))}, ScalarType::Byte);
     }
     fill_batch(memory_->weight, weights, G * s.H, s.P, storage);
     if (s.projected) fill_batch(memory_->projection, projections, s.P, s.H, compute);
   }
   void keep_steps() {
-    if (!key_.empty()) keep_memory(key_, std::move(memory_));
+    if (!key_.empty()) give_back_memory(std::exchange(key_, ""), std::move(memory_));
+  }
+  ~StepPass() {
+    if (!key_.empty()) give_back_memory(key_, nullptr);  // the pass has failed
   }
   const StepMemory& steps() const { return *memory_; }
 

@@ -3,8 +3,11 @@ call of a shape, whatever its length, its weights and its memory."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,8 +68,9 @@ def test_one_graph_for_all_lengths_and_weights(
             compare(ours, theirs, torch.randn(steps, 4, 3, device=device), lengths)
 
     calls((9, None), (20, [20, 1, 1, 1]))
-    before = cuda_on_host.programs() if device == "cpu" else None
+    before, count = cuda_on_host.programs() if device == "cpu" else None, kept(device)
     calls((40, None), (7, [7, 7, 2, 1]), (64, [64, 33, 33, 9]), (1, None))
+    assert kept(device) == count
     if before is not None:
         after = cuda_on_host.programs()
         assert after.recorded == before.recorded
@@ -111,16 +115,52 @@ def test_threads(device: str, train: bool) -> None:
             check_identical(got, wanted)
 
 
-def test_as_many_are_kept_as_are_said(device: str) -> None:
-    for batch in range(1, 70):
-        layer = fastrnn.RNN(2, 4).to(device)
-        with torch.no_grad():
-            output = layer(torch.ones(16, batch, 2, device=device))[0]
-        assert torch.equal(output[:, :1].expand_as(output), output)
+def kept(device: str) -> int:
     if device == "cpu":
-        assert cuda_on_host.programs().kept == 64
-    else:
-        assert importlib.import_module("fastrnn._C").kept_programs() == 64
+        return cuda_on_host.programs().kept
+    count: int = importlib.import_module("fastrnn._C").kept_programs()
+    return count
+
+
+def test_as_many_are_kept_as_are_said(device: str) -> None:
+    """And those that are kept still run when others have gone."""
+    layer = fastrnn.LSTM(2, 32).to(device)
+    inputs = {batch: torch.randn(24, batch, 2, device=device) for batch in range(1, 140)}
+    expected = {}
+    for batch, x in inputs.items():
+        with torch.no_grad():
+            expected[batch] = layer(x)[0]
+        assert kept(device) <= 64
+    assert kept(device) > 0
+    for batch in (139, 138, 100, 1):
+        with torch.no_grad():
+            assert torch.equal(layer(inputs[batch])[0], expected[batch])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the host's kernels say that they are not")
+def test_steps_run_one_by_one_where_nothing_can_be_recorded(device: str) -> None:
+    layer, x = fastrnn.GRU(2, 4), torch.randn(20, 3, 2)
+    expected = results(layer, x)
+    cuda_on_host.allow_programs(False)
+    try:
+        before = cuda_on_host.programs()
+        check_identical(results(layer, x), expected)
+        assert cuda_on_host.programs().run == before.run
+    finally:
+        cuda_on_host.allow_programs(True)
+
+
+def test_a_pass_that_fails_leaves_nothing_taken(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All go when there are too many, as soon as no pass has one."""
+    with pytest.raises(RuntimeError, match="too large to be kept"):
+        fastrnn.RNN(2, 4096 - 96).to(device).half()(
+            torch.ones(20, 1600, 2, device=device, dtype=torch.float16)
+        )
+    for batch in range(1, 70):
+        fastrnn.RNN(2, 4).to(device)(torch.ones(16, batch, 2, device=device))
+    assert kept(device) <= 64
 
 
 def test_a_layer_whose_launches_do_not_matter_is_refused(device: str) -> None:
@@ -133,6 +173,66 @@ def test_other_names_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("FASTRNN_CUDA_KERNEL", "magic")
     with pytest.raises(RuntimeError, match="FASTRNN_CUDA_KERNEL=magic cannot be met: there are"):
         fastrnn.GRU(2, 4).to(device)(torch.ones(1, 1, 2, device=device))
+
+
+class FakeCuda:
+    """What cuda_graphs.record takes of torch.cuda, and the order in which it does."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.fails = False
+
+    def current_stream(self) -> Any:
+        return self.stream_of("current", 0)
+
+    def stream_of(self, name: str, pointer: int) -> Any:
+        def wait(other: Any) -> None:
+            self.calls.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(
+            name=name, cuda_stream=pointer, device_index=0, device="cuda:0", wait_stream=wait
+        )
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.calls.append(f"on {stream.name}")
+        yield
+        self.calls.append("off")
+
+    def CUDAGraph(self) -> Any:
+        def begin(capture_error_mode: str) -> None:
+            assert not torch.is_inference_mode_enabled()
+            self.calls.append(f"begin {capture_error_mode}")
+
+        return SimpleNamespace(
+            capture_begin=begin, capture_end=lambda: self.calls.append("end"),
+            replay=lambda: self.calls.append("replay"), reset=lambda: self.calls.append("reset"),
+        )  # fmt: skip
+
+    def steps(self, stream: int) -> None:
+        self.calls.append(f"steps {stream}")
+        if self.fails and self.calls.count("steps 7") == 2:
+            raise RuntimeError("a step failed")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_recording(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    cuda = FakeCuda()
+    cuda.fails = fails
+    for name in ("current_stream", "stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(cuda_graphs, "_side_stream", lambda _: cuda.stream_of("side", 7))
+    recorded = ["side waits for current", "on side", "steps 7", "begin relaxed", "steps 7", "end"]
+    if fails:
+        with pytest.raises(RuntimeError, match="a step failed"):
+            cuda_graphs.record(cuda.steps)
+        assert cuda.calls == recorded
+        return
+    with torch.inference_mode():
+        program = cuda_graphs.record(cuda.steps)
+    program.replay()
+    program.close()
+    assert cuda.calls == [*recorded, "off", "current waits for side", "replay", "reset"]
 
 
 @pytest.mark.skipif(not _ops.has_cuda, reason="built without CUDA kernels")
