@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from test_cuda_build import NVCC, ROOT
 
 
@@ -32,7 +31,9 @@ pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="there are no sources here"),
 ]
 
-KERNEL = re.compile(r"Block(?P<pass>Forward|Backward)I.*?(?P<cell>Rnn|Lstm|Gru)Cell.*?ELi(?P<tiles>\d)E")
+KERNEL = re.compile(
+    r"Block(?:Forward|Backward)I.*?(?P<cell>Rnn|Lstm|Gru)Cell.*?ELi(?P<tiles>\d)E"
+)
 GATES = {"Rnn": 1, "Lstm": 4, "Gru": 3}
 
 

@@ -1,5 +1,6 @@
-// Programs: steps of a pass that are put on the queue at once, and again and again; on a GPU a CUDA graph. Two launches,
-// of it and of what writes its table, for kProgramSteps steps where each of them takes two and torch's product.
+// Programs: steps of a pass that are put on the queue at once, and again and again; on a GPU a CUDA graph. Two
+// launches, of it and of what writes its table, for kProgramSteps steps where each of them takes two and torch's
+// product.
 //
 // A program works on memory of its own, which is kept with it, and takes everything else from a table in that memory:
 // so one serves every call of the same shape, of any length.
@@ -48,9 +49,9 @@ struct StepMemory {
   int64_t bytes() const;
 };
 
-// The memory that was kept under a key, or null. Its taker, or who makes one then, gives it back: the memory, or null to
-// keep nothing. At most kMostPrograms are kept, of kMostProgramBytes; where there are more all go, as soon as nobody has
-// one: torch clears what the graphs of a stream share when one of them goes.
+// The memory that was kept under a key, or null. Its taker, or who makes one then, gives it back: the memory, or null
+// to keep nothing. At most kMostPrograms are kept, of kMostProgramBytes; where there are more all go, as soon as nobody
+// has one: torch clears what the graphs of a stream share when one of them goes.
 std::unique_ptr<StepMemory> take_memory(const std::string& key);
 void give_back_memory(const std::string& key, std::unique_ptr<StepMemory> memory);
 size_t kept_memories();

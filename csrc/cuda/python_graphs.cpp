@@ -24,9 +24,7 @@ auto in_python(F f) {
 
 class PythonProgram : public cuda::Program {
  public:
-  explicit PythonProgram(py::object program)
-      : program_(std::move(program)),
-        replay_(program_.attr("replay")) {}
+  explicit PythonProgram(py::object program) : program_(std::move(program)), replay_(program_.attr("replay")) {}
   ~PythonProgram() override {
     const py::gil_scoped_acquire lock;
     try {

@@ -74,8 +74,9 @@ class StepPass {
         memory_->inner = make(s.B, inner_width, compute);
         memory_->inner_product = make(s.B, inner_product_width, compute);
       }
-      STD_TORCH_CHECK(key_.empty() || memory_->bytes() <= kMostProgramBytes / 4, "fastrnn: FASTRNN_CUDA_KERNEL=",
-                      kernel, " cannot be met: the products of a step are too large to be kept");
+      STD_TORCH_CHECK(key_.empty() || memory_->bytes() <= kMostProgramBytes / 4,
+                      "fastrnn: FASTRNN_CUDA_KERNEL=", kernel,
+                      " cannot be met: the products of a step are too large to be kept");
       if (!key_.empty()) memory_->table = on.device.make({static_cast<int64_t>(sizeof(Table))}, ScalarType::Byte);
     }
     fill_batch(memory_->weight, weights, G * s.H, s.P, storage);
