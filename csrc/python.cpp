@@ -41,7 +41,7 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   };
   const int64_t compute_bytes = item_bytes == 8 ? 8 : 4;
   const fastrnn::cuda::Plan found = fastrnn::cuda::plan_pass(
-      {fastrnn::cell_of(cell), T, B, I, H, D, item_bytes, compute_bytes, false}, facts, kernel, persistent);
+      {fastrnn::cell_of(cell), T, B, I, H, D, item_bytes, compute_bytes, H}, facts, kernel, persistent);
   py::dict result;
   result["kernel"] = found.kernel;
   result["why"] = found.why;

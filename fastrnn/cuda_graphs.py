@@ -65,18 +65,20 @@ def record(steps: Callable[[int], None]) -> Program:
     with _recording:
         side = _side_stream(current)
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            steps(side.cuda_stream)  # what torch sets up once for a stream must not be in the graph
-            graph = torch.cuda.CUDAGraph()
-            with torch.inference_mode(False):  # or generators' states become such tensors
-                graph.capture_begin(capture_error_mode="relaxed")
-            try:
-                steps(side.cuda_stream)
-            except BaseException as error:
-                _end(graph, error)
-                raise
-            graph.capture_end()
-        current.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                steps(side.cuda_stream)  # what torch sets up once for a stream: not in the graph
+                graph = torch.cuda.CUDAGraph()
+                with torch.inference_mode(False):  # or generators' states become such tensors
+                    graph.capture_begin(capture_error_mode="relaxed")
+                try:
+                    steps(side.cuda_stream)
+                except BaseException as error:
+                    _end(graph, error)
+                    raise
+                graph.capture_end()
+        finally:
+            current.wait_stream(side)  # even then: it works on memory that goes back
     return Program(graph)
 
 

@@ -15,19 +15,19 @@ from test_cuda_build import NVCC, ROOT
 
 
 def disassembler() -> str | None:
-    """nvdisasm of a CUDA toolkit, or of Triton."""
+    """nvdisasm of a CUDA toolkit, of the package nvidia-cuda-nvdisasm, or of Triton."""
     found = shutil.which("nvdisasm") or shutil.which("/usr/local/cuda/bin/nvdisasm")
-    if found is None:
-        spec = importlib.util.find_spec("triton")
+    for package, place in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
-            found = shutil.which(f"{folder}/backends/nvidia/bin/nvdisasm")
+            found = found or shutil.which(f"{folder}/{place}/nvdisasm")
     return found
 
 
 NVDISASM = disassembler()
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
-    pytest.mark.skipif(NVDISASM is None, reason="nvdisasm is not installed"),
+    pytest.mark.skipif(NVDISASM is None, reason="nvdisasm is not installed: pip install nvidia-cuda-nvdisasm"),
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="there are no sources here"),
 ]
 

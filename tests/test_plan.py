@@ -61,7 +61,8 @@ def test_reasons_against_the_others() -> None:
 # Shape -> threads of a block, blocks, launches of a pass.
 BLOCKS: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
     ({"H": 64}, (128, 4, 4)),
-    ({"H": 65, "B": 1}, (256, 1, 4)),
+    ({"H": 33}, (256, 4, 4)),
+    ({"H": 66, "B": 1}, (256, 1, 4)),
     ({"H": 128, "B": 17, "D": 2}, (256, 6, 8)),
     ({"H": 128, "B": 1024, "T": 1000}, (256, 128, 66)),
 ]

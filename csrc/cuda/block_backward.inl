@@ -33,14 +33,10 @@ struct BlockBackward : BlockShape<kTiles> {
     const auto live_in = [&](int64_t step) {
       return step < 0 || step >= args.steps.T ? 0 : args.steps.live(time(step), first_row);
     };
-    // What a step reads and does not wait for, as it lies in memory: fetched while the step before it runs.
+    // What a step reads and does not wait for: fetched while the step before it runs.
     struct Given {
-      Pack<T, 2> saved[A + 1], h_before, h_after, doutput;
-      Pack<float, 2> c_before;
-    };
-    const auto h_before = [&](int64_t row_before, int64_t state, bool is_first) {
-      if (!is_first) return units.fetch(at<T>(a.output) + (row_before * a.D + d) * H);
-      return a.h0 ? units.fetch(at<T>(a.h0) + state) : Pack<T, 2>{};
+      Two<T> saved[A + 1], h_before, h_after, doutput;
+      float c_before[2];
     };
     const auto fetch = [&](int64_t step, Given(&given)[2]) {
       const int live = live_in(step), live_before = live_in(step - 1);
@@ -53,38 +49,27 @@ struct BlockBackward : BlockShape<kTiles> {
         const int column = lane.column(i);
         if (column >= live) continue;
         const int64_t row = data_row + column, row_before = data_row_before + column;
-        const int64_t state = (d * a.B + first_row + column) * H;
-        const bool is_first = column >= live_before;
         FASTRNN_UNROLL
         for (int k = 0; k < A; ++k) g.saved[k] = units.fetch(at<T>(a.saved) + (d * a.N + row) * (A * H) + k * H);
-        if (kHasC) {
-          if (!is_first)
-            g.c_before = units.fetch(at<float>(a.cells) + (d * a.N + row_before) * H);
-          else if (a.c0)
-            units.load(at<T>(a.c0) + state, g.c_before.unit);
-        }
-        if (!kHasC) {
-          g.h_after = units.fetch(at<T>(a.output) + (row * a.D + d) * H);
-          g.h_before = h_before(row_before, state, is_first);
-        }
-        if (a.before) {
-          const Pack<T, 2> h = kHasC ? h_before(row_before, state, is_first) : g.h_before;
-          units.store_pack(at<T>(a.before) + (d * a.N + row) * H, h);
-        }
+        if (!kHasC) g.h_after = units.fetch(at<T>(a.output) + (row * a.D + d) * H);
         if (a.doutput) g.doutput = units.fetch(at<T>(a.doutput) + (row * a.D + d) * H);
+        if (column >= live_before) continue;  // the initial states: when the step runs
+        if (kHasC) units.load(at<float>(a.cells) + (d * a.N + row_before) * H, g.c_before);
+        if (!kHasC || a.before) g.h_before = units.fetch(at<T>(a.output) + (row_before * a.D + d) * H);
       }
     };
 
     // Of two units of two rows: the gradients of the states after a step that come from the step run before.
     float dh[2][2] = {}, dc[2][2] = {};
-    Pack<float, 2> c_after[2] = {};  // the c before the step run before
+    float c_after[2][2] = {};  // the c before the step run before
     T* const memory = block.shared<T>();
     int live_after = live_in(range.end), live = live_in(range.end - 1);
     Given given[2];
     fetch(range.end - 1, given);
     for (int64_t step = range.end - 1; step >= range.begin; --step) {
-      T* const dr = memory + static_cast<int>(step - range.begin) % 2 * kBlockRows * kPitch;
+      T* const dr = memory + static_cast<int>((step - range.begin) & 1) * kBlockRows * kPitch;
       const int64_t data_row = args.steps.row(time(step)) + first_row;
+      const int live_before = live_in(step - 1);
       FASTRNN_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int column = lane.column(i);
@@ -93,9 +78,14 @@ struct BlockBackward : BlockShape<kTiles> {
         float dx[G][2] = {}, own[R + 1][2] = {};
         if (column < live) {
           const int64_t row = data_row + column, group_row = d * a.N + row;
-          const Given& g = given[i];
+          Given& g = given[i];
+          if (column >= live_before) {
+            if (kHasC && a.c0) units.load(at<T>(a.c0) + state, g.c_before);
+            if ((!kHasC || a.before) && a.h0) g.h_before = units.fetch(at<T>(a.h0) + state);
+          }
+          if (a.before) units.put_back(at<T>(a.before) + group_row * H, g.h_before);
           if (!continues) {
-            if (kHasC) c_after[i] = units.fetch(at<float>(a.cells) + group_row * H);
+            if (kHasC) units.load(at<float>(a.cells) + group_row * H, c_after[i]);
             dh[i][0] = dh[i][1] = dc[i][0] = dc[i][1] = 0.0f;
             if (a.dh_n) units.load(at<T>(a.dh_n) + state, dh[i]);
             if (kHasC && a.dc_n) units.load(at<T>(a.dc_n) + state, dc[i]);
@@ -104,10 +94,10 @@ struct BlockBackward : BlockShape<kTiles> {
           for (int j = 0; j < 2; ++j) {
             float si[A + 1], xi[G], ri[R + 1];
             FASTRNN_UNROLL
-            for (int k = 0; k < A; ++k) si[k] = widen(g.saved[k].unit[j]);
-            dh[i][j] += widen(g.doutput.unit[j]);
-            Cell::backward(si, widen(g.h_before.unit[j]), g.c_before.unit[j], widen(g.h_after.unit[j]),
-                           c_after[i].unit[j], dh[i][j], dc[i][j], xi, ri);
+            for (int k = 0; k < A; ++k) si[k] = g.saved[k][j];
+            dh[i][j] += g.doutput[j];
+            Cell::backward(si, g.h_before[j], g.c_before[j], g.h_after[j], c_after[i][j], dh[i][j], dc[i][j], xi, ri);
+            if (!units.has(j)) continue;  // no gradient: the numbers of units that are not there
             FASTRNN_UNROLL
             for (int k = 0; k < G; ++k) dx[k][j] = xi[k];
             FASTRNN_UNROLL
@@ -117,7 +107,7 @@ struct BlockBackward : BlockShape<kTiles> {
           for (int k = 0; k < G; ++k) units.store(at<T>(a.dgates) + group_row * (G * H) + k * H, dx[k]);
           FASTRNN_UNROLL
           for (int k = 0; k < R; ++k) units.store(at<T>(a.drecurrent) + group_row * (R * H) + k * H, own[k]);
-          c_after[i] = g.c_before;
+          c_after[i][0] = g.c_before[0], c_after[i][1] = g.c_before[1];
         } else if (continues) {
           leave(units, state, dh[i], dc[i]);
         }

@@ -72,7 +72,7 @@ struct BlockForward : BlockShape<kTiles> {
     load_gates(range.begin, next);
     int live = args.steps.live(time(range.begin), first_row);
     for (int64_t step = range.begin; step < range.end; ++step) {
-      const int parity = static_cast<int>(step - range.begin) % 2;
+      const int parity = static_cast<int>((step - range.begin) & 1);
       const int64_t data_row = args.steps.row(time(step)) + first_row;
       const int live_next = step + 1 < args.steps.T ? args.steps.live(time(step + 1), first_row) : 0;
       // x + r of most gates come from one sum; of the last R gates they enter the cell by themselves.
@@ -110,7 +110,7 @@ struct BlockForward : BlockShape<kTiles> {
           for (int k = 0; k < A; ++k) saved[k][j] = si[k];
           T rounded;
           narrow(hi, rounded);
-          if (active) h[i][j] = widen(rounded), c[i][j] = ci;
+          if (active && units.has(j)) h[i][j] = widen(rounded), c[i][j] = ci;
         }
         put(after + column * kPitch + units.first, h[i]);
         if (!active) continue;

@@ -6,8 +6,9 @@
 //            thread: two neighbouring units of two rows, whose gates all end up with it (block.h). Per step kTiles * G
 //            products of a warp, and one barrier
 // Memory     registers: weights kTiles * G * 4, states; shared: the operand of the next step, twice in turns, so that
-//            nobody writes what another still reads. All else is read and written once, beside one another in pairs
-// Requires   T of 16 bits; H <= 16 kTiles, filled up with zeros; no projection
+//            nobody writes what another still reads, and forward the biases: 6 to 17 KiB. All else is read and written
+//            once, beside one another in pairs
+// Requires   a GPU of compute capability 8.0; T of 16 bits; H <= 16 kTiles, filled up with zeros; no projection
 // Order      the rows of a block are one after the other in time; blocks do not depend on each other. Sums over k go in
 //            the order of the tensor cores, the same in every call
 #include "block_kernels.h"
@@ -64,6 +65,15 @@ FASTRNN_FN void put(T* pair, const float (&values)[2]) {
   store<T, 2>(pair, values);
 }
 
+// Two numbers of 16 bits as they lie in memory: taken apart where they are used, so that nothing waits for a load
+// before.
+template <class T>
+struct Two {
+  uint32_t word = 0;
+
+  FASTRNN_FN float operator[](int j) const { return widen(T{static_cast<uint16_t>(j ? word >> 16 : word)}); }
+};
+
 // Two neighbouring hidden units, those of a thread: rows r and r + 8 of a product are units 2r and 2r + 1 of the warp.
 // kPairs: H is even, and arrays begin at an even element, so that both are there or none, and move at once.
 template <bool kPairs>
@@ -73,45 +83,45 @@ struct Units {
   FASTRNN_FN Units(const Lane& lane, int width)
       : warp_unit(16 * lane.warp), first(16 * lane.warp + 2 * lane.r), H(width) {}
 
+  FASTRNN_FN bool has(int j) const { return first + j < H; }
+
   // From, and to, a row of H units; of units that are not there zeros, nothing.
   template <class F>
-  FASTRNN_FN Pack<F, 2> fetch(const F* row) const {
-    Pack<F, 2> pack = {};
-    if constexpr (kPairs) {
-      if (first < H) {
-        check_alignment<F, 2>(row + first);
-        pack = *reinterpret_cast<const Pack<F, 2>*>(row + first);
-      }
-    } else {
-      FASTRNN_UNROLL
-      for (int j = 0; j < 2; ++j)
-        if (first + j < H) pack.unit[j] = row[first + j];
-    }
-    return pack;
-  }
-  template <class F>
-  FASTRNN_FN void store_pack(F* row, const Pack<F, 2>& pack) const {
-    if constexpr (kPairs) {
-      if (first >= H) return;
-      check_alignment<F, 2>(row + first);
-      *reinterpret_cast<Pack<F, 2>*>(row + first) = pack;
-    } else {
-      FASTRNN_UNROLL
-      for (int j = 0; j < 2; ++j)
-        if (first + j < H) row[first + j] = pack.unit[j];
-    }
-  }
-  // The same as numbers.
-  template <class F>
   FASTRNN_FN void load(const F* row, float (&values)[2]) const {
-    const Pack<F, 2> pack = fetch(row);
-    values[0] = widen(pack.unit[0]), values[1] = widen(pack.unit[1]);
+    if constexpr (kPairs) {
+      values[0] = values[1] = 0.0f;
+      if (has(0)) fastrnn::cuda::load<F, 2>(row + first, values);
+    } else {
+      FASTRNN_UNROLL
+      for (int j = 0; j < 2; ++j) values[j] = has(j) ? widen(row[first + j]) : 0.0f;
+    }
   }
   template <class F>
   FASTRNN_FN void store(F* row, const float (&values)[2]) const {
-    Pack<F, 2> pack;
-    narrow(values[0], pack.unit[0]), narrow(values[1], pack.unit[1]);
-    store_pack(row, pack);
+    if constexpr (kPairs) {
+      if (has(0)) fastrnn::cuda::store<F, 2>(row + first, values);
+    } else {
+      FASTRNN_UNROLL
+      for (int j = 0; j < 2; ++j)
+        if (has(j)) narrow(values[j], row[first + j]);
+    }
+  }
+  // The same without a look at the numbers.
+  template <class T>
+  FASTRNN_FN Two<T> fetch(const T* row) const {
+    Two<T> two;
+    if constexpr (kPairs) {
+      if (has(0)) two.word = word_at(row + first);
+    } else {
+      const T zero = zero_of<T>();
+      two.word = word_of(has(0) ? row[first] : zero, has(1) ? row[first + 1] : zero);
+    }
+    return two;
+  }
+  template <class T>
+  FASTRNN_FN void put_back(T* row, Two<T> two) const {
+    const float values[2] = {two[0], two[1]};
+    store(row, values);
   }
 };
 
@@ -185,12 +195,12 @@ void launch_instance(const Args& a, Queue queue) {
     const int64_t blocks = (a.cell.B + kBlockRows - 1) / kBlockRows;
     const auto run = [&](auto* dtype) {
       using T = std::remove_pointer_t<decltype(dtype)>;
-      if (!a.pairs)
-        launch_blocks(Kernel<Cell, T, 8, false>{{}, a}, blocks, a.cell.D, queue);
-      else if (a.cell.H <= 64)
+      if (block_tiles(a.cell.H, a.pairs) == 4)
         launch_blocks(Kernel<Cell, T, 4, true>{{}, a}, blocks, a.cell.D, queue);
-      else
+      else if (a.pairs)
         launch_blocks(Kernel<Cell, T, 8, true>{{}, a}, blocks, a.cell.D, queue);
+      else
+        launch_blocks(Kernel<Cell, T, 8, false>{{}, a}, blocks, a.cell.D, queue);
     };
     if (a.cell.dtype == Dtype::kHalf)
       run(static_cast<Half*>(nullptr));

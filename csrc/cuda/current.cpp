@@ -23,6 +23,13 @@ Queue current_stream(int32_t index) {
   return stream;
 }
 
+int gpu_major(int32_t index) {
+  int major = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  STD_TORCH_CHECK(error == cudaSuccess, "fastrnn: the GPU does not say what it is: ", cudaGetErrorString(error));
+  return major;
+}
+
 // Makes a GPU the current one and, when it goes, the one before.
 struct CurrentGpu {
   torch::stable::accelerator::DeviceGuard guard;
@@ -32,7 +39,8 @@ class Gpu final : CurrentGpu, public KernelDevice {
  public:
   explicit Gpu(int32_t index)
       : CurrentGpu{torch::stable::accelerator::DeviceGuard(index)},
-        KernelDevice({DeviceType::CUDA, index}, step_kernels(), block_kernels(), current_stream(index)) {}
+        KernelDevice({DeviceType::CUDA, index}, step_kernels(), block_kernels(), current_stream(index),
+                     gpu_major(index)) {}
 };
 
 }  // namespace

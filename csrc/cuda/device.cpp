@@ -10,8 +10,11 @@ namespace fastrnn::cuda {
 namespace {
 
 bool is_set(const char* variable) {
-  const char* const value = std::getenv(variable);
-  return value && std::string(value) == "1";
+  const char* const text = std::getenv(variable);
+  const std::string value = text ? text : "";
+  STD_TORCH_CHECK(value.empty() || value == "0" || value == "1", "fastrnn: ", variable, " must be 0 or 1, and is ",
+                  value);
+  return value == "1";
 }
 
 Asked asked() {
@@ -26,8 +29,9 @@ Asked asked() {
 
 }  // namespace
 
-KernelDevice::KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block, Queue queue)
-    : Device(place), context_{*this, step, block, queue, asked(), recorder()} {}
+KernelDevice::KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block, Queue queue,
+                           int gpu_major)
+    : Device(place), context_{*this, step, block, queue, gpu_major, asked(), recorder()} {}
 
 Tensor KernelDevice::zeros(const Sizes& sizes, ScalarType dtype) const {
   Tensor t = make(sizes, dtype);

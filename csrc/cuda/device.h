@@ -11,9 +11,9 @@ namespace fastrnn::cuda {
 
 class KernelDevice : public Device {
  public:
-  // queue: the stream of the kernels, and of torch's products. FASTRNN_CUDA_KERNEL, FASTRNN_PERSISTENT and
-  // FASTRNN_DISABLE_PERSISTENT say which kernels run.
-  KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block, Queue queue);
+  // queue: the stream of the kernels, and of torch's products; gpu_major: compute capability. FASTRNN_CUDA_KERNEL,
+  // FASTRNN_PERSISTENT and FASTRNN_DISABLE_PERSISTENT say which kernels run.
+  KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block, Queue queue, int gpu_major);
 
   Tensor zeros(const Sizes& sizes, ScalarType dtype) const override;
   char* take_between(size_t bytes) override;

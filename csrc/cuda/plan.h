@@ -30,7 +30,10 @@ struct PlanShape {
   CellId cell;
   int64_t T, B, I, H, D;
   int64_t item_bytes, compute_bytes;  // of an element of Storage and of Compute
-  bool projected;
+  int64_t P;                          // size of h: H, or of its projection
+  int gpu_major = 9;                  // compute capability
+
+  int64_t weight_bytes() const { return kCells[static_cast<int>(cell)].gates * H * P * item_bytes; }  // weight_hh
 };
 
 constexpr int kBlockRows = 8;       // of a batch, in a block that runs all steps: the columns of a product
@@ -71,18 +74,23 @@ constexpr int64_t chunk_rows(int64_t rows, int64_t B, int64_t row_bytes) {
 // H up to which one block keeps weight_hh, of any cell, in its registers: 4 gates of 128 units take half of them.
 constexpr int64_t kMostBlockUnits = 128;
 
+// Tiles of 16 units, and warps, of such a block. Pairs of units move at once: of an odd H, or in arrays of a caller
+// that begin at an odd element, they do not, for which there is the larger block alone.
+constexpr int block_tiles(int64_t H, bool pairs) { return pairs && H <= 64 ? 4 : 8; }
+
 constexpr const char* kKernels[] = {"step", "step-graph", "persistent-block", "persistent-grid"};
 
 // Why a kernel, by its name, cannot run a pass; empty if it can.
 inline std::string why_not_kernel(const std::string& name, const PlanShape& s) {
   if (name == "step") return "";
   if (name == "step-graph") {
-    const int64_t weights = s.D * kCells[static_cast<int>(s.cell)].gates * s.H * s.H * s.item_bytes;
+    const int64_t weights = s.D * s.weight_bytes();
     if (weights <= kMostProgramWeights) return "";
     return "weight_hh of " + std::to_string(weights >> 20) + " MiB: reading it takes longer than the launches";
   }
   if (name == "persistent-block") {
-    if (s.projected) return "it has no projection";
+    if (s.gpu_major < 8) return "it needs a GPU of compute capability 8.0";
+    if (s.P != s.H) return "it has no projection";
     if (s.item_bytes != 2) return "its products are those of bfloat16 and float16";
     if (s.H > kMostBlockUnits)
       return "H=" + std::to_string(s.H) +
@@ -90,9 +98,7 @@ inline std::string why_not_kernel(const std::string& name, const PlanShape& s) {
     return "";
   }
   if (name == "persistent-grid") return "not in this version";
-  std::string all = "auto";
-  for (const char* kernel : kKernels) all += std::string(", ") + kernel;
-  return "there are " + all;
+  return "there are auto, step, step-graph and persistent-block";
 }
 
 // Why the kernel that is asked for, or "auto", cannot run a pass; empty if it can.
@@ -118,10 +124,10 @@ struct Plan {
 };
 
 // Throws std::invalid_argument where the kernel that is asked for cannot run it.
-inline Plan plan_pass(const PlanShape& s, const GpuFacts& gpu, const std::string& asked = "auto",
-                      bool persistent = false) {
+inline Plan plan_pass(PlanShape s, const GpuFacts& gpu, const std::string& asked = "auto", bool persistent = false) {
   if (s.T < 1 || s.B < 1 || s.I < 0 || s.H < 1 || s.D < 1)
     throw std::invalid_argument("fastrnn: a plan needs T, B, H and D of at least 1, and I of at least 0");
+  s.gpu_major = gpu.major;
   const CellInfo& cell = kCells[static_cast<int>(s.cell)];
   Plan plan;
   if (const std::string reason = why_not_asked(asked, s); !reason.empty())
@@ -141,7 +147,7 @@ inline Plan plan_pass(const PlanShape& s, const GpuFacts& gpu, const std::string
     plan.against.push_back(std::string(other) + ": " + reason);
   }
   plan.units = block ? 2 : units_per_thread(s.H, s.compute_bytes);
-  plan.threads = block ? (s.H <= 64 ? 128 : 256) : s.B * s.H / plan.units;
+  plan.threads = block ? 32 * block_tiles(s.H, s.H % 2 == 0) : s.B * s.H / plan.units;
   plan.blocks =
       (block ? (s.B + kBlockRows - 1) / kBlockRows : (plan.threads + kBlockThreads - 1) / kBlockThreads) * s.D;
   const int64_t rows = chunk_rows(s.T * s.B, s.B, s.D * cell.gates * s.H * s.compute_bytes);
@@ -157,7 +163,7 @@ inline Plan plan_pass(const PlanShape& s, const GpuFacts& gpu, const std::string
   plan.launches = 1 + s.D + copies + (chunks - 1) * launches_of(plan.chunk_steps) +
                   launches_of(s.T - (chunks - 1) * plan.chunk_steps);
   // Where weight_hh would lie.
-  const int64_t weights = cell.gates * s.H * s.H * s.item_bytes;
+  const int64_t weights = s.weight_bytes();
   const int64_t room = gpu.register_bytes * 3 / 4;
   const int64_t all = (room + gpu.shared_bytes * 2 / 3) * gpu.multiprocessors / s.D;
   const auto kib = [](int64_t bytes) { return std::to_string((bytes + 1023) / 1024) + " KiB"; };

@@ -35,6 +35,7 @@ struct Context {
   const StepKernels& step;
   const BlockKernels& block;
   Queue queue;
+  int gpu_major;  // compute capability
   Asked asked;
   Recorder* recorder;  // of programs, or null
 };

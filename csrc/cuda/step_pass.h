@@ -37,7 +37,7 @@ class StepPass {
         has_c(kCells[static_cast<int>(shape.cell)].has_c) {
     fill(now.cell);
     fill(now.projection);
-    const PlanShape plan = {s.cell, s.T, s.B, 0, s.H, s.D, item_size(storage), item_size(compute), s.projected};
+    const PlanShape plan = {s.cell, s.T, s.B, 0, s.H, s.D, item_size(storage), item_size(compute), s.P, on.gpu_major};
     const std::string reason = why_not_asked(on.asked.kernel, plan);
     STD_TORCH_CHECK(reason.empty(), "fastrnn: FASTRNN_CUDA_KERNEL=", on.asked.kernel, " cannot be met: ", reason);
     kernel = choose_kernel(on.asked.kernel, on.asked.persistent, plan);
@@ -75,8 +75,8 @@ class StepPass {
         memory_->inner_product = make(s.B, inner_product_width, compute);
       }
       STD_TORCH_CHECK(key_.empty() || memory_->bytes() <= kMostProgramBytes / 4,
-                      "fastrnn: FASTRNN_CUDA_KERNEL=", kernel,
-                      " cannot be met: the products of a step are too large to be kept");
+                      "fastrnn: FASTRNN_CUDA_KERNEL=", kernel, " cannot be met: the products of a step with B=", s.B,
+                      " would keep ", memory_->bytes() >> 20, " MiB, more than ", kMostProgramBytes >> 22, " MiB");
       if (!key_.empty()) memory_->table = on.device.make({static_cast<int64_t>(sizeof(Table))}, ScalarType::Byte);
     }
     fill_batch(memory_->weight, weights, G * s.H, s.P, storage);

@@ -55,7 +55,7 @@ const bool has_recorder = (set_recorder(std::make_unique<HostRecorder>()), true)
 }  // namespace cuda
 
 std::unique_ptr<Device> device_of(const Tensor&) {
-  return std::make_unique<cuda::KernelDevice>(Place{}, cuda::step_kernels(), cuda::block_kernels(), nullptr);
+  return std::make_unique<cuda::KernelDevice>(Place{}, cuda::step_kernels(), cuda::block_kernels(), nullptr, 9);
 }
 
 }  // namespace fastrnn

@@ -1,6 +1,7 @@
-// The threads of a block (csrc/cuda/block.h) on the host: as fibres, of which one runs until it waits. They take turns
-// in an order that changes from barrier to barrier. Throws where the threads of a block do not all come to a barrier,
-// or those of a warp to a product, and what a thread throws.
+// The threads of a block (csrc/cuda/block.h) on the host: as fibres, of which one runs until it waits. Warps run one
+// after the other to the next barrier, in an order that changes there, the threads of a warp from product to product.
+// Throws where the threads of a block do not all come to a barrier, or those of a warp to a product, and what a thread
+// throws.
 #pragma once
 
 #include <atomic>
@@ -58,31 +59,32 @@ class HostBlock : public Block {
     static thread_local std::vector<std::unique_ptr<Stack>> stacks;
     while (stacks.size() < threads_.size()) stacks.push_back(std::make_unique<Stack>());
     for (size_t i = 0; i < threads_.size(); ++i) threads_[i].fibre.start(*stacks[i], &HostBlock::enter, this);
-    const int threads = static_cast<int>(threads_.size());
+    const int warps = static_cast<int>(threads_.size()) / kWarp;
     for (int round = 0;; ++round) {
-      bool progress = false;
-      for (int i = 0; i < threads; ++i) {
-        // From the last thread on, the first one on, and odd ones before even ones.
-        const int other = i < threads / 2 ? 2 * i + 1 : 2 * (i - threads / 2);
-        current_ = round % 3 == 0 ? threads - 1 - i : round % 3 == 1 ? i : other;
+      // One warp goes as far as it can, then the next one: what it writes is there, or is gone, for those behind it.
+      for (int i = 0; i < warps; ++i) run_warp(round % 2 == 0 ? i : warps - 1 - i, round);
+      if (all(Waits::kForever, 0, warps * kWarp)) return;
+      if (!all(Waits::kBarrier, 0, warps * kWarp))
+        throw std::runtime_error("fastrnn: the threads of a block wait for each other in vain");
+      release(0, warps * kWarp);
+    }
+  }
+
+  // Until its threads wait for others, or are done.
+  void run_warp(int warp, int round) {
+    for (;; ++round) {
+      for (int i = 0; i < kWarp; ++i) {
+        // From the first thread on, the last one on, and odd ones before even ones.
+        const int other = i < kWarp / 2 ? 2 * i + 1 : 2 * (i - kWarp / 2);
+        current_ = warp * kWarp + (round % 3 == 0 ? kWarp - 1 - i : round % 3 == 1 ? i : other);
         HostThread& thread = threads_[static_cast<size_t>(current_)];
         if (thread.waits != Waits::kNothing) continue;
-        progress = true;
         scheduler_.switch_to(thread.fibre);
         if (error_) std::rethrow_exception(error_);
       }
-      for (int warp = 0; warp < threads / kWarp; ++warp)
-        if (all(Waits::kProduct, warp * kWarp, kWarp)) {
-          multiply_warp(warp);
-          release(warp * kWarp, kWarp);
-          progress = true;
-        }
-      if (all(Waits::kForever, 0, threads)) return;
-      if (all(Waits::kBarrier, 0, threads)) {
-        release(0, threads);
-        progress = true;
-      }
-      if (!progress) throw std::runtime_error("fastrnn: the threads of a block wait for each other in vain");
+      if (!all(Waits::kProduct, warp * kWarp, kWarp)) return;
+      multiply_warp(warp);
+      release(warp * kWarp, kWarp);
     }
   }
 

@@ -84,6 +84,44 @@ def test_nan_and_infinity_stay_in_their_row(
         assert output[2:, 3].isnan().all()
 
 
+@pytest.mark.parametrize("H", [20, 64, 77])
+def test_infinity_in_units_that_fill_no_tile(device: str, H: int) -> None:
+    """Zero weights of units that are not there times infinity must not come back."""
+    layer = fastrnn.RNN(3, H, nonlinearity="relu").to(device, torch.bfloat16)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(0.5)
+    x = torch.ones(6, 9, 3, device=device, dtype=torch.bfloat16)
+    x[1, 4, 0] = float("inf")
+    output = layer(x)[0]
+    assert not output.isnan().any()
+    assert output[1:, 4].isinf().all()
+    output[:, 0].sum().backward()
+    assert layer.bias_hh_l0.grad.isfinite().all()  # of weights: infinity times zero, as in torch.nn
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("H", [5, 20, 64])
+def test_an_infinite_gradient(
+    device: str, monkeypatch: pytest.MonkeyPatch, name: str, H: int
+) -> None:
+    """Goes where that of a product and a kernel per step goes."""
+    layer = getattr(fastrnn, name)(3, H).to(device, torch.bfloat16)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.abs_()
+    x = torch.randn(5, 2, 3, device=device).bfloat16().requires_grad_()
+    found = {}
+    for kernel in ("step", "persistent-block"):
+        monkeypatch.setenv("FASTRNN_CUDA_KERNEL", kernel)
+        h_n = states(layer(x)[1])[0]
+        slope = torch.zeros_like(h_n)
+        slope[0, 1, 2] = float("inf")
+        (found[kernel],) = torch.autograd.grad(h_n, x, slope)
+    assert torch.equal(found["step"].isnan(), found["persistent-block"].isnan())
+    assert torch.equal(found["step"].isinf(), found["persistent-block"].isinf())
+
+
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_arrays_that_begin_at_an_odd_element(device: str, name: str, dtype: str) -> None:
