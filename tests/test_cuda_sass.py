@@ -27,7 +27,9 @@ def disassembler() -> str | None:
 NVDISASM = disassembler()
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
-    pytest.mark.skipif(NVDISASM is None, reason="nvdisasm is not installed: pip install nvidia-cuda-nvdisasm"),
+    pytest.mark.skipif(
+        NVDISASM is None, reason="nvdisasm is not installed: pip install nvidia-cuda-nvdisasm"
+    ),
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="there are no sources here"),
 ]
 
