@@ -114,6 +114,10 @@ def allow_programs(allowed: bool) -> None:
     ctypes.CDLL(str(build())).fastrnn_allow_programs(int(allowed))
 
 
+def release_programs() -> None:
+    ctypes.CDLL(str(build())).fastrnn_release_programs()
+
+
 @contextlib.contextmanager
 def on_host_kernels() -> Iterator[None]:
     """Layers run on them inside the block."""

@@ -69,3 +69,5 @@ extern "C" __attribute__((visibility("default"))) void fastrnn_programs(int64_t*
 extern "C" __attribute__((visibility("default"))) void fastrnn_allow_programs(int allowed) {
   fastrnn::cuda::allowed = allowed != 0;
 }
+
+extern "C" __attribute__((visibility("default"))) void fastrnn_release_programs() { fastrnn::cuda::release_memories(); }

@@ -3,9 +3,13 @@ csrc/cuda/block_kernels.h), against torch.nn by the rule. Numbers of 16 bits onl
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_gpu_parity import LONG, expected, states
+from torch import Tensor, nn
 
 import cuda_on_host
 import fastrnn
@@ -61,9 +65,10 @@ def test_more_steps_than_fit_into_the_arguments_of_a_kernel(
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([1000, 901]))
     output, state = torch.nn.utils.rnn.pad_packed_sequence(layer(packed)[0])[0], layer(packed)[1]
     plain = layer(x)[0]
-    torch.testing.assert_close(output[:, 0], plain[:, 0], rtol=0, atol=0)
-    torch.testing.assert_close(output[:901, 1], plain[:901, 1], rtol=0, atol=0)
-    torch.testing.assert_close(states(state)[0][0, 1], plain[900, 1], rtol=0, atol=0)
+    check_identical(
+        {"row 0": output[:, 0], "row 1": output[:901, 1], "h_n": states(state)[0][0, 1]},
+        {"row 0": plain[:, 0], "row 1": plain[:901, 1], "h_n": plain[900, 1]},
+    )
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -128,25 +133,34 @@ def test_arrays_that_begin_at_an_odd_element(device: str, name: str, dtype: str)
     """Weights, states and gradients."""
     low = DTYPES[dtype]
 
-    def apart(t: torch.Tensor) -> torch.Tensor:
+    def apart(t: Tensor) -> Tensor:
         larger = torch.empty(t.numel() + 1, dtype=low, device=device)
         larger[1:] = t.detach().flatten()
         return larger[1:].view(t.shape)
 
-    results = []
-    layer = getattr(fastrnn, name)(4, 8).to(device, low)
-    x, h, dy = (torch.randn(*s, device=device).to(low) for s in ((5, 3, 4), (1, 3, 8), (5, 3, 8)))
-    for place in (torch.clone, apart):
+    theirs = getattr(nn, name)(4, 8).to(low)
+    sizes = ((5, 3, 4), (1, 3, 8), (5, 3, 8))
+    given = [torch.randn(*size).to(low) for size in sizes]
+
+    def results(layer: nn.Module, place: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         for parameter in layer.parameters():
             parameter.data = place(parameter.data)
-        hx = place(h)
-        output, state = layer(place(x), (hx, hx) if name == "LSTM" else hx)
+        like = next(layer.parameters())
+        x, h, dy = (place(t.to(like)) for t in given)
+        output, state = layer(x, (h, h) if name == "LSTM" else h)
         found = [output, *states(state)]
-        slopes = [place(dy), *(place(h) for _ in states(state))]
+        slopes = [dy, *(h for _ in states(state))]
         grads = torch.autograd.grad(found, list(layer.parameters()), slopes)
-        results.append([t.detach() for t in (*found, *grads)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        tensors = [t.detach().cpu() for t in (*found, *grads)]
+        return {str(n): t for n, t in enumerate(tensors)}
+
+    ours = getattr(fastrnn, name)(4, 8).to(low)
+    ours.load_state_dict(theirs.state_dict())
+    ours.to(device)
+    exact = results(copy.deepcopy(theirs).double(), torch.clone)
+    same = results(theirs, torch.clone)
+    for place in (torch.clone, apart):
+        check(results(ours, place), same, exact)
 
 
 def test_what_it_cannot_run_is_refused(device: str) -> None:

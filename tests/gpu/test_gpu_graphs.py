@@ -241,6 +241,16 @@ def test_recording(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     assert cuda.calls == [*recorded, "off", "current waits for side", "replay", "reset"]
 
 
+def test_release(device: str) -> None:
+    fastrnn.GRU(2, 4).to(device)(torch.ones(20, 3, 2, device=device))
+    assert kept(device) > 0
+    if device == "cpu":
+        cuda_on_host.release_programs()
+    else:
+        cuda_graphs.release()
+    assert kept(device) == 0
+
+
 @pytest.mark.skipif(not _ops.has_cuda, reason="built without CUDA kernels")
 def test_what_records_says_what_products_depend_on() -> None:
     """Without a GPU: the functions that the extension calls are there, and give what it takes."""
