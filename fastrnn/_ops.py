@@ -60,7 +60,7 @@ has_cuda: bool = native_error is None and torch._C._dispatch_has_kernel_for_disp
 if has_cuda:
     importlib.import_module("fastrnn._C").record_programs(
         is_ready=cuda_graphs.is_ready, record=cuda_graphs.record,
-        product_settings=cuda_graphs.product_settings,
+        product_settings=cuda_graphs.product_settings, allows_tf32=cuda_graphs.allows_tf32,
     )  # fmt: skip
 
 _NAMES = ("auto", "native", "reference")

@@ -42,6 +42,11 @@ def product_settings() -> str:
     return repr([*settings, str(torch.backends.cuda.preferred_blas_library())])
 
 
+def allows_tf32() -> bool:
+    """Whether torch's products of float32 may be those of TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 class Program:
     """A graph that was recorded: ``replay`` puts it on the current stream, ``close`` ends it."""
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import fastrnn
-from fastrnn import _ops
+from fastrnn import _ops, cuda_graphs
 
 
 def report() -> str:
@@ -148,6 +148,7 @@ def explain(
     plan = native.plan(
         cell=cell, T=T, B=B, I=I, H=H, D=1 + bidirectional, item_bytes=size, gpu=facts,
         kernel=kernel, persistent=os.environ.get("FASTRNN_PERSISTENT") == "1",
+        tf32=cuda_graphs.allows_tf32(),
     )  # fmt: skip
     rows = [
         ("kernel", f"{plan['kernel']}: {plan['why']}"),

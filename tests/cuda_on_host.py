@@ -25,6 +25,7 @@ SOURCES = [
     "csrc/ops.cpp", "csrc/cuda/device.cpp", "csrc/cuda/program.cpp",
     "csrc/cuda/scan_forward.cpp", "csrc/cuda/scan_backward.cpp",
     "tests/cpp/cuda_on_host.cpp", "tests/cpp/cuda_blocks_on_host.cpp",
+    "tests/cpp/cuda_grid_on_host.cpp",
 ]  # fmt: skip
 
 
@@ -46,6 +47,7 @@ def _flags() -> list[str]:
         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFASTRNN_LIBRARY=fastrnn_cuda_on_host",
         # So that a pass has several chunks, and chunks several programs.
         "-DFASTRNN_CHUNK_BYTES=2000", "-DFASTRNN_PROGRAM_STEPS=3",
+        "-DFASTRNN_MOST_SPINS=100000",
     ]  # fmt: skip
 
 
@@ -100,11 +102,12 @@ class Programs(NamedTuple):
     run: int
     kept: int
     blocks: int  # that csrc/cuda/block_kernels.h has run
+    grids: int  # that csrc/cuda/grid_kernels.h has run
 
 
 def programs() -> Programs:
     load()
-    counts = (ctypes.c_int64 * 4)()
+    counts = (ctypes.c_int64 * 5)()
     ctypes.CDLL(str(build())).fastrnn_programs(counts)
     return Programs(*counts)
 
@@ -112,6 +115,21 @@ def programs() -> Programs:
 def allow_programs(allowed: bool) -> None:
     """Whether steps can be recorded: as on a GPU whose stream somebody else records."""
     ctypes.CDLL(str(build())).fastrnn_allow_programs(int(allowed))
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether torch's products of float32 may be those of TF32, as its flags say on a GPU."""
+    ctypes.CDLL(str(build())).fastrnn_allow_tf32(int(allowed))
+
+
+def schedule(seed: int) -> None:
+    """How the blocks of the next grids take turns."""
+    ctypes.CDLL(str(build())).fastrnn_schedule(ctypes.c_int64(seed))
+
+
+def report(word: int) -> None:
+    """As a kernel that gives up does: step + 1, times two, and 1 of a backward pass."""
+    ctypes.CDLL(str(build())).fastrnn_report(ctypes.c_int64(word))
 
 
 def release_programs() -> None:

@@ -22,7 +22,7 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHITECTURES = ("sm_80", "sm_90a")
 MOST_REGISTERS = 80  # of a thread: three blocks of 256 on a multiprocessor
 # Of a step of a program, which loads all its arguments before it stores anything: two blocks.
-MOST_REGISTERS_OF_PROGRAM = 96
+MOST_REGISTERS_OF_PROGRAM = 65536 // (2 * 256)
 
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
@@ -101,6 +101,15 @@ def test_kernels_of_a_block(tmp_path: Path) -> None:
     for kernels in reports("block_kernels", tmp_path).values():
         # 4 cells, 2 dtypes, 3 sizes.
         for name in ("BlockForward", "BlockBackward"):
+            assert sum(f"{name}I" in kernel for kernel in kernels) == 24
+        assert not wrong(kernels, 255)
+
+
+def test_kernels_of_a_grid(tmp_path: Path) -> None:
+    """A block has a multiprocessor for itself."""
+    for kernels in reports("grid_kernels", tmp_path).values():
+        # 4 cells, 3 dtypes, 2 exchanges.
+        for name in ("GridForward", "GridBackward"):
             assert sum(f"{name}I" in kernel for kernel in kernels) == 24
         assert not wrong(kernels, 255)
 

@@ -13,12 +13,13 @@ pytestmark = pytest.mark.skipif(_ops.native_error is not None, reason=str(_ops.n
 
 
 def plan(
-    device: str = "h200", kernel: str = "auto", persistent: bool = False, **shape: Any
+    device: str = "h200", kernel: str = "auto", persistent: bool = False, tf32: bool = False,
+    **shape: Any,
 ) -> dict[str, Any]:
     native = importlib.import_module("fastrnn._C")
     given = {"cell": "lstm", "T": 256, "B": 32, "I": 512, "H": 512, "D": 1, "item_bytes": 2} | shape
     result: dict[str, Any] = native.plan(
-        gpu=native.gpus()[device], kernel=kernel, persistent=persistent, **given
+        gpu=native.gpus()[device], kernel=kernel, persistent=persistent, tf32=tf32, **given
     )
     return result
 
@@ -52,7 +53,9 @@ def test_reasons_against_the_others() -> None:
     assert "not measured yet" in small["against"][0]
     assert "not measured yet" in small["against"][1]
     assert "of 256 MiB" in large["against"][0]
+    assert "not measured yet" in small["against"][2]
     assert "bfloat16 and float16" in large["against"][1]
+    assert "does not allow" in large["against"][2]
     assert "up to H=128" in plan(H=130)["against"][1]
     assert "would fit into the 192 KiB" in small["weights"]
     assert "does not fit into the 192 KiB" in large["weights"]
@@ -78,6 +81,47 @@ def test_blocks(shape: dict[str, Any], expected: tuple[int, ...]) -> None:
     assert plan(persistent=True, **shape | {"item_bytes": 4})["kernel"] == "step"
 
 
+# Shape -> blocks at a time, launches of a pass; on a GPU of 132 multiprocessors.
+GRIDS: list[tuple[dict[str, Any], tuple[int, int]]] = [
+    ({}, (32 * 4, 5)),  # 4 tiles of 8 rows, each with blocks of its own
+    ({"B": 33}, (32 * 3, 5)),  # 5 tiles: two, two and one are as fast as two, one, one and one
+    ({"B": 1}, (32, 5)),
+    ({"H": 1024, "B": 64, "D": 2}, (64 * 2, 1 + 2 + 2 + 2 + 1 + 1)),
+    ({"H": 2048, "B": 8, "D": 2}, (128, 1 + 2 + 2 + 2 + 1 + 2)),  # one direction at a time
+    ({"H": 1024, "B": 64, "T": 256}, (64 * 2, 1 + 1 + 4 * (1 + 1 + 1))),  # in four chunks
+    ({"H": 2112, "B": 8}, (132, 5)),
+    ({"H": 130, "B": 8, "cell": "gru"}, (9, 5)),
+    ({"H": 256, "B": 8, "item_bytes": 4}, (16, 5)),
+]
+
+
+@pytest.mark.parametrize(("shape", "expected"), GRIDS)
+def test_grids(shape: dict[str, Any], expected: tuple[int, int]) -> None:
+    shape = {"T": 16} | shape
+    assert plan(tf32=True, **shape)["kernel"] == "step"
+    for found in (
+        plan(kernel="persistent-grid", tf32=True, **shape),
+        plan(persistent=True, tf32=True, **shape),
+    ):
+        assert found["kernel"] == "persistent-grid"
+        assert found["threads"] == 256
+        assert (found["blocks"], found["launches"]) == expected
+
+
+def test_what_a_grid_cannot_run() -> None:
+    grid = {"kernel": "persistent-grid"}
+    for reason, shape in (
+        (r"133 blocks of 16 units do not fit on 132 multiprocessors", {"H": 2113}),
+        (r"those of TF32, which torch.backends.cuda.matmul does not allow", {"item_bytes": 4}),
+        (r"bfloat16, float16 and TF32", {"item_bytes": 8}),
+        (r"a block needs 288 KiB of shared memory, of 227 KiB", {"item_bytes": 4, "H": 1536}),
+        (r"a block needs 128 KiB of shared memory, of 99 KiB", {"H": 1792, "device": "l40s"}),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            plan(tf32="does not allow" not in reason, **grid, **shape)
+    assert plan(tf32=True, H=1280, item_bytes=4, **grid)["kernel"] == "persistent-grid"
+
+
 # Launches of a pass, as above but for the graphs: 16 steps each, the table before each of them.
 GRAPHS: list[tuple[dict[str, Any], int]] = [
     ({}, 1 + 1 + 1 + 1 + 2 * 16),
@@ -98,8 +142,6 @@ def test_graphs(shape: dict[str, Any], launches: int) -> None:
 
 def test_requests() -> None:
     assert plan(kernel="step")["kernel"] == "step"
-    with pytest.raises(ValueError, match=r"persistent-grid.* not in this version"):
-        plan(kernel="persistent-grid")
     with pytest.raises(ValueError, match="step-graph' cannot run this: weight_hh of 64 MiB"):
         plan(kernel="step-graph", H=2048, item_bytes=4)
     with pytest.raises(ValueError, match="there are auto, step"):
@@ -115,7 +157,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "both directions on h200" in text
     assert "32 blocks on 132 multiprocessors" in text
-    assert "persistent-grid: not in this version" in text
+    assert "persistent-grid: not measured yet" in text
 
 
 @pytest.mark.parametrize(

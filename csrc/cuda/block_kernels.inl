@@ -14,31 +14,15 @@
 #include "block_kernels.h"
 
 #include "block.h"
+#include "fragments.h"
 
 namespace fastrnn::cuda {
 namespace {
-
-template <class T>
-FASTRNN_FN const T* at(const void* array) {
-  return static_cast<const T*>(array);
-}
-template <class T>
-FASTRNN_FN T* at(void* array) {
-  return static_cast<T*>(array);
-}
 
 template <int kTiles>
 struct BlockShape {
   static constexpr int kUnits = 16 * kTiles;       // of h, the last ones may be zeros
   static constexpr int kThreads = kWarp * kTiles;  // a warp for 16 units
-};
-
-// The place of a thread in its warp, as the fragments have it.
-struct Lane {
-  int warp, r, q;
-
-  explicit FASTRNN_FN Lane(int thread) : warp(thread / kWarp), r(thread % kWarp / 4), q(thread % 4) {}
-  FASTRNN_FN int column(int i) const { return 2 * q + i; }  // of the product: a row of the batch
 };
 
 template <class T>
@@ -175,17 +159,6 @@ struct Offsets {
 
   FASTRNN_FN void operator()(Thread thread) const { a.target[thread.item] = a.values[thread.item]; }
 };
-
-template <class F>
-void with_cell(CellId cell, F f) {
-  switch (cell) {
-#define FASTRNN_CASE(name, Cell) \
-  case CellId::name:             \
-    return f(static_cast<Cell*>(nullptr));
-    FASTRNN_CELLS(FASTRNN_CASE)
-#undef FASTRNN_CASE
-  }
-}
 
 // Launches the instance of a kernel <Cell, T, kTiles, kPairs> for these arguments.
 template <template <class, class, int, bool> class Kernel, class Args>

@@ -23,11 +23,31 @@ Queue current_stream(int32_t index) {
   return stream;
 }
 
-int gpu_major(int32_t index) {
-  int major = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  STD_TORCH_CHECK(error == cudaSuccess, "fastrnn: the GPU does not say what it is: ", cudaGetErrorString(error));
-  return major;
+GpuLimits limits_of(int32_t index) {
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, index);
+    STD_TORCH_CHECK(error == cudaSuccess, "fastrnn: the GPU does not say what it is: ", cudaGetErrorString(error));
+    return value;
+  };
+  GpuLimits gpu;
+  gpu.major = ask(cudaDevAttrComputeCapabilityMajor), gpu.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+  gpu.shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return gpu;
+}
+
+// A word of the host that every GPU can write to, for the life of the process.
+uint32_t* report() {
+  static uint32_t* const word = [] {
+    void* memory = nullptr;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // somebody may be recording, whom this does not concern
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    const cudaError_t error = cudaHostAlloc(&memory, sizeof(uint32_t), cudaHostAllocPortable | cudaHostAllocMapped);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    STD_TORCH_CHECK(error == cudaSuccess, "fastrnn: no memory for reports: ", cudaGetErrorString(error));
+    return new (memory) uint32_t(0);
+  }();
+  return word;
 }
 
 // Makes a GPU the current one and, when it goes, the one before.
@@ -39,8 +59,8 @@ class Gpu final : CurrentGpu, public KernelDevice {
  public:
   explicit Gpu(int32_t index)
       : CurrentGpu{torch::stable::accelerator::DeviceGuard(index)},
-        KernelDevice({DeviceType::CUDA, index}, step_kernels(), block_kernels(), current_stream(index),
-                     gpu_major(index)) {}
+        KernelDevice({DeviceType::CUDA, index}, step_kernels(), block_kernels(), grid_kernels(), current_stream(index),
+                     limits_of(index), report()) {}
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "device.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "gemm.h"
@@ -24,14 +25,34 @@ Asked asked() {
   STD_TORCH_CHECK(!disabled || found.kernel.rfind("persistent", 0) != 0, "fastrnn: FASTRNN_CUDA_KERNEL=", found.kernel,
                   " cannot be met: FASTRNN_DISABLE_PERSISTENT=1");
   found.persistent = is_set("FASTRNN_PERSISTENT") && !disabled;
+  if (const char* const exchange = std::getenv("FASTRNN_GRID_EXCHANGE"); exchange && *exchange) {
+    found.flags = std::string(exchange) == "flags";
+    STD_TORCH_CHECK(found.flags || std::string(exchange) == "words",
+                    "fastrnn: FASTRNN_GRID_EXCHANGE must be words or flags, and is ", exchange);
+  }
+  if (const char* const most = std::getenv("FASTRNN_MAX_SMS"); most && *most) {
+    char* end = nullptr;
+    found.multiprocessors = std::strtol(most, &end, 10);
+    STD_TORCH_CHECK(*end == 0 && found.multiprocessors >= 1 && found.multiprocessors <= 1 << 20,
+                    "fastrnn: FASTRNN_MAX_SMS must be a number of multiprocessors from 1 on, and is ", most);
+  }
   return found;
+}
+
+GpuLimits limited(GpuLimits gpu, const Asked& asked) {
+  gpu.multiprocessors = static_cast<int>(std::min<int64_t>(gpu.multiprocessors, asked.multiprocessors));
+  return gpu;
 }
 
 }  // namespace
 
-KernelDevice::KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block, Queue queue,
-                           int gpu_major)
-    : Device(place), context_{*this, step, block, queue, gpu_major, asked(), recorder()} {}
+KernelDevice::KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block,
+                           const GridKernels& grid, Queue queue, const GpuLimits& gpu, uint32_t* report)
+    : KernelDevice(place, step, block, grid, queue, gpu, report, asked()) {}
+KernelDevice::KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block,
+                           const GridKernels& grid, Queue queue, const GpuLimits& gpu, uint32_t* report,
+                           const Asked& asked)
+    : Device(place), context_{*this, step, block, grid, queue, limited(gpu, asked), asked, recorder(), report} {}
 
 Tensor KernelDevice::zeros(const Sizes& sizes, ScalarType dtype) const {
   Tensor t = make(sizes, dtype);

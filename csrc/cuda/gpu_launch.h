@@ -1,4 +1,4 @@
-// `launch` and `launch_blocks` on a GPU: every kernel of csrc/cuda goes through here.
+// `launch`, `launch_blocks` and `launch_together` on a GPU: every kernel of csrc/cuda goes through here.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -46,6 +46,30 @@ void launch_blocks(const Kernel& kernel, int64_t blocks, int64_t groups, Queue q
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
   run_blocks<<<grid, Kernel::kThreads, Kernel::kSharedBytes, static_cast<cudaStream_t>(queue)>>>(kernel);
   check_launch();
+}
+
+template <class Kernel>
+void launch_together(const Kernel& kernel, int64_t blocks, int64_t groups, Queue queue) {
+  static_assert(sizeof(Kernel) <= 4000, "what every GPU takes as arguments of a kernel is 4 KiB");
+  if (blocks == 0 || groups == 0) return;
+  check_blocks(blocks, groups);
+  const auto check = [](cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // it is told here
+    throw std::runtime_error(
+        std::string("fastrnn: a kernel whose blocks run at the same time could not be launched: ") +
+        cudaGetErrorString(error));
+  };
+  const size_t shared = kernel.shared_bytes();
+  void (*const body)(const Kernel) = run_blocks<Kernel>;
+  check(cudaFuncSetAttribute(body, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
+  config.blockDim = dim3(Kernel::kThreads), config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(queue), config.attrs = &together, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, body, kernel));
 }
 
 }  // namespace fastrnn::cuda

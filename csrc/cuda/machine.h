@@ -35,6 +35,16 @@ struct Half {
   uint16_t bits;
 };
 
+// An array of arguments, whose type the dtype tells.
+template <class T>
+FASTRNN_FN const T* at(const void* array) {
+  return static_cast<const T*>(array);
+}
+template <class T>
+FASTRNN_FN T* at(void* array) {
+  return static_cast<T*>(array);
+}
+
 // The type that computes for a storage type.
 template <class T>
 struct ComputeOf {
@@ -134,6 +144,18 @@ FASTRNN_FN void store(T* target, const Compute<T>* source) {
   FASTRNN_UNROLL
   for (int i = 0; i < kUnits; ++i) narrow(source[i], pack.unit[i]);
   *reinterpret_cast<Pack<T, kUnits>*>(target) = pack;
+}
+
+// Calls f(a null pointer to the type) for a cell.
+template <class F>
+void with_cell(CellId cell, F f) {
+  switch (cell) {
+#define FASTRNN_CASE(name, Cell) \
+  case CellId::name:             \
+    return f(static_cast<Cell*>(nullptr));
+    FASTRNN_CELLS(FASTRNN_CASE)
+#undef FASTRNN_CASE
+  }
 }
 
 inline void check_blocks(int64_t blocks, int64_t groups) {

@@ -26,12 +26,19 @@ constexpr GpuFacts kGpus[] = {
     {"b200", 10, 0, 148, 227 << 10, 256 << 10},
 };
 
+// What kernels of blocks need to know of the GPU that they are to run on.
+struct GpuLimits {
+  int major = 9, multiprocessors = 132;  // multiprocessors: those that may be used
+  int64_t shared_bytes = 227 << 10;      // of a block
+};
+
 struct PlanShape {
   CellId cell;
   int64_t T, B, I, H, D;
   int64_t item_bytes, compute_bytes;  // of an element of Storage and of Compute
   int64_t P;                          // size of h: H, or of its projection
-  int gpu_major = 9;                  // compute capability
+  bool tf32 = false;                  // products of float may be those of TF32
+  GpuLimits gpu{};
 
   int64_t weight_bytes() const { return kCells[static_cast<int>(cell)].gates * H * P * item_bytes; }  // weight_hh
 };
@@ -78,6 +85,55 @@ constexpr int64_t kMostBlockUnits = 128;
 // that begin at an odd element, they do not, for which there is the larger block alone.
 constexpr int block_tiles(int64_t H, bool pairs) { return pairs && H <= 64 ? 4 : 8; }
 
+// persistent-grid: a block has 16 units (the rows of a product) and a tile of 8 rows at a time; its 8 warps share k in
+// blocks of 32, or of 16 of float, of which each keeps the weights of 4 in its registers (128 of 255 of LSTM), those
+// behind in shared memory.
+constexpr int kGridUnits = 16, kGridWarps = 8, kGridBlocks = 4;
+constexpr int64_t grid_k_blocks(int64_t H, int64_t item_bytes) {
+  const int64_t k = item_bytes == 4 ? 16 : 32;
+  return (H + k - 1) / k;
+}
+// Shared memory: partial sums [2, warps, outputs, 128], then weights [warps, blocks of k, 2 products, outputs, 32, 4].
+constexpr int64_t grid_weight_bytes(int64_t outputs, int64_t resident, int64_t k_blocks) {
+  const int64_t most = (k_blocks + kGridWarps - 1) / kGridWarps;
+  return (most > resident ? most - resident : 0) * kGridWarps * 2 * outputs * 512;
+}
+constexpr int64_t grid_sum_bytes(int64_t outputs) { return 2 * kGridWarps * outputs * 512; }
+
+// Publications of the mailbox that lie between two fences (exchange.h): of a fence of 0.2 us each of 8 has little. So
+// few where slots are large that the mailbox takes at most this of the L2 cache. Predicted, not measured.
+constexpr int64_t kMostWindow = 8, kLeastWindow = 2, kMostMailboxBytes = int64_t{16} << 20;
+
+struct GridPlan {
+  int64_t unit_blocks, row_groups;  // blocks of a group: its units, times its rows
+  int64_t groups;                   // at a time
+  int64_t tiles;                    // of 8 rows
+  int64_t shared_bytes;             // of a block, of the pass that takes more
+
+  int64_t blocks() const { return unit_blocks * row_groups * groups; }
+};
+
+inline GridPlan grid_plan(const PlanShape& s) {
+  const int64_t G = kCells[static_cast<int>(s.cell)].gates, k_blocks = grid_k_blocks(s.H, s.item_bytes);
+  GridPlan plan{};
+  plan.unit_blocks = (s.H + kGridUnits - 1) / kGridUnits;
+  plan.tiles = (s.B + kBlockRows - 1) / kBlockRows;
+  const int64_t room = std::max<int64_t>(1, s.gpu.multiprocessors / plan.unit_blocks);
+  plan.groups = std::min(s.D, room);
+  const int64_t most = std::max<int64_t>(1, std::min(plan.tiles, room / plan.groups));
+  const int64_t each = (plan.tiles + most - 1) / most;  // tiles of a row group
+  plan.row_groups = (plan.tiles + each - 1) / std::max<int64_t>(each, 1);
+  plan.shared_bytes = std::max(grid_sum_bytes(G) + grid_weight_bytes(G, kGridBlocks, k_blocks),
+                               grid_sum_bytes(1) + grid_weight_bytes(1, kGridBlocks * G, G * k_blocks));
+  return plan;
+}
+
+constexpr int64_t grid_window(int64_t bytes_of_slot) {
+  int64_t window = kMostWindow;
+  while (window > kLeastWindow && 2 * window * bytes_of_slot > kMostMailboxBytes) window /= 2;
+  return window;
+}
+
 constexpr const char* kKernels[] = {"step", "step-graph", "persistent-block", "persistent-grid"};
 
 // Why a kernel, by its name, cannot run a pass; empty if it can.
@@ -89,7 +145,7 @@ inline std::string why_not_kernel(const std::string& name, const PlanShape& s) {
     return "weight_hh of " + std::to_string(weights >> 20) + " MiB: reading it takes longer than the launches";
   }
   if (name == "persistent-block") {
-    if (s.gpu_major < 8) return "it needs a GPU of compute capability 8.0";
+    if (s.gpu.major < 8) return "it needs a GPU of compute capability 8.0";
     if (s.P != s.H) return "it has no projection";
     if (s.item_bytes != 2) return "its products are those of bfloat16 and float16";
     if (s.H > kMostBlockUnits)
@@ -97,8 +153,24 @@ inline std::string why_not_kernel(const std::string& name, const PlanShape& s) {
              ": weight_hh fits into the registers of a block up to H=" + std::to_string(kMostBlockUnits);
     return "";
   }
-  if (name == "persistent-grid") return "not in this version";
-  return "there are auto, step, step-graph and persistent-block";
+  if (name == "persistent-grid") {
+    if (s.gpu.major < 8) return "it needs a GPU of compute capability 8.0";
+    if (s.P != s.H) return "it has no projection";
+    if (s.item_bytes == 8) return "its products are those of bfloat16, float16 and TF32";
+    if (s.item_bytes == 4 && !s.tf32)
+      return "its products of float32 are those of TF32, which torch.backends.cuda.matmul does not allow";
+    const GridPlan plan = grid_plan(s);
+    if (plan.unit_blocks > s.gpu.multiprocessors)
+      return "H=" + std::to_string(s.H) + ": its " + std::to_string(plan.unit_blocks) + " blocks of " +
+             std::to_string(kGridUnits) + " units do not fit on " + std::to_string(s.gpu.multiprocessors) +
+             " multiprocessors at a time";
+    if (plan.shared_bytes > s.gpu.shared_bytes)
+      return "H=" + std::to_string(s.H) + ": beside its registers a block needs " +
+             std::to_string(plan.shared_bytes >> 10) + " KiB of shared memory, of " +
+             std::to_string(s.gpu.shared_bytes >> 10) + " KiB";
+    return "";
+  }
+  return "there are auto, step, step-graph, persistent-block and persistent-grid";
 }
 
 // Why the kernel that is asked for, or "auto", cannot run a pass; empty if it can.
@@ -110,7 +182,9 @@ inline std::string why_not_asked(const std::string& asked, const PlanShape& s) {
 // with `persistent` also of those that are not yet.
 inline std::string choose_kernel(const std::string& asked, bool persistent, const PlanShape& s) {
   if (asked != "auto") return asked;
-  return persistent && why_not_kernel("persistent-block", s).empty() ? "persistent-block" : "step";
+  for (const char* kernel : {"persistent-block", "persistent-grid"})
+    if (persistent && why_not_kernel(kernel, s).empty()) return kernel;
+  return "step";
 }
 
 struct Plan {
@@ -118,7 +192,7 @@ struct Plan {
   std::vector<std::string> against;  // "kernel: reason", for each of the others
   std::string weights;               // whether weight_hh would fit where it could stay
   int units;                         // of a thread of the gate kernel
-  int64_t threads, blocks;           // of a step's gate kernel; persistent-block: threads of a block, blocks
+  int64_t threads, blocks;           // of a step's gate kernel; persistent: threads of a block, blocks at a time
   int64_t chunk_steps;               // steps whose input products are computed together
   int64_t launches;                  // of a forward pass with biases and without projection
 };
@@ -127,16 +201,21 @@ struct Plan {
 inline Plan plan_pass(PlanShape s, const GpuFacts& gpu, const std::string& asked = "auto", bool persistent = false) {
   if (s.T < 1 || s.B < 1 || s.I < 0 || s.H < 1 || s.D < 1)
     throw std::invalid_argument("fastrnn: a plan needs T, B, H and D of at least 1, and I of at least 0");
-  s.gpu_major = gpu.major;
+  s.gpu = {gpu.major, gpu.multiprocessors, gpu.shared_bytes};
   const CellInfo& cell = kCells[static_cast<int>(s.cell)];
   Plan plan;
   if (const std::string reason = why_not_asked(asked, s); !reason.empty())
     throw std::invalid_argument("fastrnn: kernel '" + asked + "' cannot run this: " + reason);
   plan.kernel = choose_kernel(asked, persistent, s);
   const bool graph = plan.kernel == "step-graph", block = plan.kernel == "persistent-block";
+  const bool grid = plan.kernel == "persistent-grid";
+  const GridPlan on_grid = grid_plan(s);
   plan.why = graph   ? std::to_string(kProgramSteps) + " steps of a product and a gate kernel as a CUDA graph"
              : block ? "weight_hh stays in the registers of a block, which runs all steps of " +
                            std::to_string(kBlockRows) + " rows"
+             : grid  ? "weight_hh stays on the chip, " + std::to_string(kGridUnits) +
+                           " units in a block, which runs all steps of " +
+                           (on_grid.row_groups > 1 ? "a part of the rows" : "all rows")
                      : "one matrix product and one gate kernel per time step take any shape and dtype";
   plan.why += asked == plan.kernel ? "; asked for" : "";
   if (graph && s.T < kFewSteps) plan.why += "; a pass of fewer than " + std::to_string(kFewSteps) + " has none";
@@ -146,10 +225,11 @@ inline Plan plan_pass(PlanShape s, const GpuFacts& gpu, const std::string& asked
     if (reason.empty()) reason = plan.kernel == asked ? plan.kernel + " is asked for" : "not measured yet";
     plan.against.push_back(std::string(other) + ": " + reason);
   }
-  plan.units = block ? 2 : units_per_thread(s.H, s.compute_bytes);
-  plan.threads = block ? 32 * block_tiles(s.H, s.H % 2 == 0) : s.B * s.H / plan.units;
-  plan.blocks =
-      (block ? (s.B + kBlockRows - 1) / kBlockRows : (plan.threads + kBlockThreads - 1) / kBlockThreads) * s.D;
+  plan.units = block ? 2 : grid ? 1 : units_per_thread(s.H, s.compute_bytes);
+  plan.threads = block ? 32 * block_tiles(s.H, s.H % 2 == 0) : grid ? 32 * kGridWarps : s.B * s.H / plan.units;
+  plan.blocks = block  ? (s.B + kBlockRows - 1) / kBlockRows * s.D
+                : grid ? on_grid.blocks()
+                       : (plan.threads + kBlockThreads - 1) / kBlockThreads * s.D;
   const int64_t rows = chunk_rows(s.T * s.B, s.B, s.D * cell.gates * s.H * s.compute_bytes);
   plan.chunk_steps = std::max<int64_t>(1, std::min(s.T, rows / std::max<int64_t>(s.B, 1)));
   const int64_t chunks = (s.T + plan.chunk_steps - 1) / plan.chunk_steps;
@@ -157,6 +237,7 @@ inline Plan plan_pass(PlanShape s, const GpuFacts& gpu, const std::string& asked
   // Of a chunk: the input products; all steps at once, graphs and their tables, or a product and a kernel each.
   const auto launches_of = [&](int64_t steps) {
     const int64_t programs = graph ? (steps + kProgramSteps - kFewSteps) / kProgramSteps : 0;
+    if (grid) return s.D + 1 + (s.D + on_grid.groups - 1) / on_grid.groups;  // the mailbox; groups that fit at a time
     return s.D + (block ? 1 : 2 * (programs + std::max<int64_t>(0, steps - programs * kProgramSteps)));
   };
   // States, biases, copies; chunks, of which the last may be shorter.

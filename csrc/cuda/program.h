@@ -33,6 +33,8 @@ class Recorder {
   virtual std::unique_ptr<Program> record(const Steps& steps) = 0;
   // What torch's products depend on beside their arguments.
   virtual std::string product_settings() = 0;
+  // Whether torch's products of float may be those of TF32.
+  virtual bool allows_tf32() = 0;
 };
 
 // Of this process; null where there is none.

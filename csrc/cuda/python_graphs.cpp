@@ -45,8 +45,11 @@ class PythonProgram : public cuda::Program {
 
 class PythonRecorder : public cuda::Recorder {
  public:
-  PythonRecorder(py::object is_ready, py::object record, py::object product_settings)
-      : is_ready_(std::move(is_ready)), record_(std::move(record)), product_settings_(std::move(product_settings)) {}
+  PythonRecorder(py::object is_ready, py::object record, py::object product_settings, py::object allows_tf32)
+      : is_ready_(std::move(is_ready)),
+        record_(std::move(record)),
+        product_settings_(std::move(product_settings)),
+        allows_tf32_(std::move(allows_tf32)) {}
 
   bool is_ready() override {
     return in_python([&] { return is_ready_().cast<bool>(); });
@@ -63,9 +66,12 @@ class PythonRecorder : public cuda::Recorder {
   std::string product_settings() override {
     return in_python([&] { return product_settings_().cast<std::string>(); });
   }
+  bool allows_tf32() override {
+    return in_python([&] { return allows_tf32_().cast<bool>(); });
+  }
 
  private:
-  const py::object is_ready_, record_, product_settings_;
+  const py::object is_ready_, record_, product_settings_, allows_tf32_;
 };
 
 }  // namespace
@@ -73,11 +79,11 @@ class PythonRecorder : public cuda::Recorder {
 void bind_graphs(py::module_& m) {
   m.def(
       "record_programs",
-      [](py::object is_ready, py::object record, py::object product_settings) {
-        cuda::set_recorder(
-            std::make_unique<PythonRecorder>(std::move(is_ready), std::move(record), std::move(product_settings)));
+      [](py::object is_ready, py::object record, py::object product_settings, py::object allows_tf32) {
+        cuda::set_recorder(std::make_unique<PythonRecorder>(std::move(is_ready), std::move(record),
+                                                            std::move(product_settings), std::move(allows_tf32)));
       },
-      py::kw_only(), py::arg("is_ready"), py::arg("record"), py::arg("product_settings"));
+      py::kw_only(), py::arg("is_ready"), py::arg("record"), py::arg("product_settings"), py::arg("allows_tf32"));
   m.def("kept_programs", &cuda::kept_memories);
   m.def("release_programs", &cuda::release_memories, py::call_guard<py::gil_scoped_release>());
   m.def("new_stream", &cuda::new_stream, py::arg("device"));

@@ -13,7 +13,7 @@ class BackwardPass : StepPass<BackwardPass, BackwardTable> {
     cell.doutput = a.doutput, cell.dh_n = a.dh_n, cell.dc_n = a.dc_n, cell.output = a.output, cell.cells = a.cells;
     cell.saved = a.saved, cell.h0 = a.h0, cell.c0 = a.c0, cell.dgates = a.dgates, cell.drecurrent = a.drecurrent;
     cell.unprojected = a.unprojected, cell.before = a.before, cell.dh0 = a.dh0, cell.dc0 = a.dc0;
-    kernel == "persistent-block" ? run_blocks() : run_steps();
+    kernel == "persistent-grid" ? run_grid() : kernel == "persistent-block" ? run_blocks() : run_steps();
   }
 
   // Rows beyond those of the step, and in the first step all, are multiplied too: what they hold is read by nobody.
@@ -60,6 +60,17 @@ class BackwardPass : StepPass<BackwardPass, BackwardTable> {
     args.cell = now.cell, args.steps = steps_on_device(offsets), args.weight_hh = weight.const_data_ptr();
     args.pairs = a.H % 2 == 0 && are_aligned(now.cell, 2);
     on.block.backward(args, on.queue);
+  }
+
+  // Kernels of all multiprocessors for all steps.
+  void run_grid() {
+    const Tensor dh = make(a.B, a.H, compute), dc = has_c ? make(a.B, a.H, compute) : Tensor();
+    Tensor weight, offsets;
+    fill_batch(weight, a.weight_hh, G * a.H, a.H, storage);
+    now.cell.dh = dh.mutable_data_ptr(), now.cell.dc = has_c ? dc.mutable_data_ptr() : nullptr;
+    GridBackwardArgs args{};
+    args.cell = now.cell, args.steps = steps_on_device(offsets), args.weight_hh = weight.const_data_ptr();
+    GridSetup(plan, on, G).launch(args, a.T, on.grid.backward);
   }
 
   StepRows rows_at(int64_t step, int reverse) const {

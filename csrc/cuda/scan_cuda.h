@@ -1,10 +1,10 @@
-// The passes of a GPU: one matrix product and one gate kernel per time step, for any shape and dtype; or a block of
-// threads for all steps of a few rows, where csrc/cuda/plan.h says so.
+// The passes of a GPU: one matrix product and one gate kernel per time step, for any shape and dtype; or, where
+// csrc/cuda/plan.h says so, blocks of threads for all steps, each for a few rows or for a few units.
 //
 // Computes   csrc/scan.h: the cells along time, forward and backward, all groups of a step at once
 // Work       per step a product by weight_hh of all groups (torch's), then a kernel of step_kernels.h; with a
-//            projection one more of each. Or one kernel of block_kernels.h. The products with weight_ih come before,
-//            for the steps of a chunk at once
+//            projection one more of each. Or one kernel of block_kernels.h or grid_kernels.h. The products with
+//            weight_ih come before, for the steps of a chunk at once
 // Memory     torch's allocator: input products of a chunk (at most kChunkBytes of them, or of one step), panels of the
 //            states, and for several groups a copy of weight_hh that stands as one batch
 // Requires   arguments on one device, checked by ops.cpp; batch sizes in host memory
@@ -17,6 +17,7 @@
 
 #include "../device.h"
 #include "block_kernels.h"
+#include "grid_kernels.h"
 #include "step_kernels.h"
 
 namespace fastrnn::cuda {
@@ -27,6 +28,8 @@ class Recorder;
 struct Asked {
   std::string kernel = "auto";
   bool persistent = false;
+  bool flags = false;                 // of the mailbox of a grid (exchange.h)
+  int64_t multiprocessors = 1 << 20;  // at most
 };
 
 // Where a pass runs.
@@ -34,10 +37,12 @@ struct Context {
   const Device& device;
   const StepKernels& step;
   const BlockKernels& block;
+  const GridKernels& grid;
   Queue queue;
-  int gpu_major;  // compute capability
+  GpuLimits gpu;  // as much of it as is asked for
   Asked asked;
   Recorder* recorder;  // of programs, or null
+  uint32_t* report;    // where kernels of grids say that they gave up; host memory
 };
 
 void scan(const ScanArgs& args, const Context& context);

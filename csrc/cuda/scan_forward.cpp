@@ -17,7 +17,7 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
     cell.gates = gates_.mutable_data_ptr(), cell.gates_rows = room_;
     cell.bias = a.bias_ih ? bias.mutable_data_ptr() : nullptr, cell.c = has_c ? c.mutable_data_ptr() : nullptr;
     cell.output = a.output, cell.h_n = a.h_n, cell.c_n = a.c_n, cell.cells = a.cells, cell.saved = a.saved;
-    kernel == "persistent-block" ? run_blocks() : run_steps();
+    kernel == "persistent-grid" ? run_grid() : kernel == "persistent-block" ? run_blocks() : run_steps();
   }
 
   template <class Cell, class Projection>
@@ -75,6 +75,23 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
       args.first = first, args.end = input_products(first);
       std::copy(chunk_begin_, chunk_begin_ + 2, args.gates_begin);
       on.block.forward(args, on.queue);
+    }
+  }
+
+  // Kernels of all multiprocessors for the steps of a chunk.
+  void run_grid() {
+    const Tensor h = make(a.B, a.P, storage);
+    Tensor weight, offsets;
+    fill_batch(weight, a.weight_hh, G * a.H, a.H, storage);
+    now.cell.h = h.mutable_data_ptr();
+    enter();
+    GridSetup setup(plan, on, 1);
+    GridForwardArgs args{};
+    args.cell = now.cell, args.steps = steps_on_device(offsets), args.weight_hh = weight.const_data_ptr();
+    for (int64_t first = 0; first < a.T; first = args.end) {
+      args.first = first, args.end = input_products(first);
+      std::copy(chunk_begin_, chunk_begin_ + 2, args.gates_begin);
+      setup.launch(args, args.end - first + 1, on.grid.forward);
     }
   }
 

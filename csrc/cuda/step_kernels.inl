@@ -11,26 +11,11 @@
 #include <algorithm>
 
 #include "machine.h"
+#include "step_cell.h"
 #include "step_kernels.h"
 
 namespace fastrnn::cuda {
 namespace {
-
-template <class T>
-FASTRNN_FN const T* at(const void* array) {
-  return static_cast<const T*>(array);
-}
-template <class T>
-FASTRNN_FN T* at(void* array) {
-  return static_cast<T*>(array);
-}
-
-// Unit i of gate k is value[k][i]; gates lie H apart.
-template <class F, int kUnits, int kCount>
-FASTRNN_FN void load_gates(const F* array, int64_t H, Compute<F> (*value)[kUnits]) {
-  FASTRNN_UNROLL
-  for (int k = 0; k < kCount; ++k) load<F, kUnits>(array + k * H, value[k]);
-}
 
 #include "step_backward.inl"
 #include "step_forward.inl"
@@ -91,7 +76,7 @@ struct WriteTable {
   }
 };
 
-// Calls f(a null pointer to the type) for a dtype, for a cell.
+// Calls f(a null pointer to the type) for a dtype.
 template <class F>
 void with_dtype(Dtype dtype, F f) {
   switch (dtype) {
@@ -105,17 +90,6 @@ void with_dtype(Dtype dtype, F f) {
       return f(static_cast<Half*>(nullptr));
   }
 }
-template <class F>
-void with_cell(CellId cell, F f) {
-  switch (cell) {
-#define FASTRNN_CASE(name, Cell) \
-  case CellId::name:             \
-    return f(static_cast<Cell*>(nullptr));
-    FASTRNN_CELLS(FASTRNN_CASE)
-#undef FASTRNN_CASE
-  }
-}
-
 template <class T>
 constexpr int kMostUnits = sizeof(T) == 8 ? 2 : 4;  // the larger of what units_per_thread gives
 

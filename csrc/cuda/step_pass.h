@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "gemm.h"
+#include "grid_setup.h"
 #include "plan.h"
 #include "program.h"
 #include "scan_cuda.h"
@@ -37,7 +38,10 @@ class StepPass {
         has_c(kCells[static_cast<int>(shape.cell)].has_c) {
     fill(now.cell);
     fill(now.projection);
-    const PlanShape plan = {s.cell, s.T, s.B, 0, s.H, s.D, item_size(storage), item_size(compute), s.P, on.gpu_major};
+    check_report(on.report);
+    plan = {s.cell, s.T, s.B, 0, s.H, s.D, item_size(storage), item_size(compute), s.P};
+    plan.gpu = on.gpu;
+    plan.tf32 = s.dtype == Dtype::kFloat && wants_tf32() && on.recorder && on.recorder->allows_tf32();
     const std::string reason = why_not_asked(on.asked.kernel, plan);
     STD_TORCH_CHECK(reason.empty(), "fastrnn: FASTRNN_CUDA_KERNEL=", on.asked.kernel, " cannot be met: ", reason);
     kernel = choose_kernel(on.asked.kernel, on.asked.persistent, plan);
@@ -135,6 +139,7 @@ class StepPass {
   const ScalarType storage, compute;
   const int64_t G, R;
   const bool has_c;
+  PlanShape plan;
   std::string kernel;
   Table now{};  // the arguments of the kernels; rows: of steps that wait
 
@@ -171,6 +176,9 @@ class StepPass {
   }
 
  private:
+  // Whether it matters what torch allows.
+  bool wants_tf32() const { return on.asked.kernel == "persistent-grid" || on.asked.persistent; }
+
   static ScalarType storage_of(Dtype dtype) {
     return dtype == Dtype::kFloat      ? ScalarType::Float
            : dtype == Dtype::kDouble   ? ScalarType::Double

@@ -5,7 +5,7 @@
 #include "cuda/device.h"
 #include "cuda/program.h"
 #include "cuda/step_kernels.inl"
-#include "host_block.h"
+#include "host_grid.h"
 
 namespace fastrnn {
 namespace cuda {
@@ -23,7 +23,11 @@ void launch(const Kernel& kernel, int64_t items, int64_t groups, Queue) {
 namespace {
 
 std::atomic<int64_t> recorded{0}, run{0};
-std::atomic<bool> allowed{true};
+std::atomic<bool> allowed{true}, tf32{false};
+uint32_t report = 0;
+
+// Few multiprocessors: blocks get several tiles, and groups that do not find room run one after the other.
+const GpuLimits gpu = {9, 12, 227 << 10};
 
 // Programs run what was recorded, with the values that it was recorded with, as a graph does.
 class HostProgram : public Program {
@@ -47,6 +51,7 @@ class HostRecorder : public Recorder {
     return std::make_unique<HostProgram>(steps);
   }
   std::string product_settings() override { return ""; }
+  bool allows_tf32() override { return tf32; }
 };
 
 const bool has_recorder = (set_recorder(std::make_unique<HostRecorder>()), true);
@@ -55,19 +60,33 @@ const bool has_recorder = (set_recorder(std::make_unique<HostRecorder>()), true)
 }  // namespace cuda
 
 std::unique_ptr<Device> device_of(const Tensor&) {
-  return std::make_unique<cuda::KernelDevice>(Place{}, cuda::step_kernels(), cuda::block_kernels(), nullptr, 9);
+  return std::make_unique<cuda::KernelDevice>(Place{}, cuda::step_kernels(), cuda::block_kernels(),
+                                              cuda::grid_kernels(), nullptr, cuda::gpu, &cuda::report);
 }
 
 }  // namespace fastrnn
 
-// For tests: programs recorded, programs run, memories of programs that are kept, blocks run.
+// For tests: programs recorded, programs run, memories of programs that are kept, blocks run, grids run.
 extern "C" __attribute__((visibility("default"))) void fastrnn_programs(int64_t* counts) {
   counts[0] = fastrnn::cuda::recorded, counts[1] = fastrnn::cuda::run;
   counts[2] = static_cast<int64_t>(fastrnn::cuda::kept_memories()), counts[3] = fastrnn::cuda::blocks_run;
+  counts[4] = fastrnn::cuda::grids_run;
 }
 
 extern "C" __attribute__((visibility("default"))) void fastrnn_allow_programs(int allowed) {
   fastrnn::cuda::allowed = allowed != 0;
+}
+
+extern "C" __attribute__((visibility("default"))) void fastrnn_allow_tf32(int allowed) {
+  fastrnn::cuda::tf32 = allowed != 0;
+}
+
+// The schedules of the next grids, and a word as kernels that give up report it.
+extern "C" __attribute__((visibility("default"))) void fastrnn_schedule(int64_t seed) {
+  fastrnn::cuda::host_schedule.seed = static_cast<uint64_t>(seed), fastrnn::cuda::host_schedule.launch = 0;
+}
+extern "C" __attribute__((visibility("default"))) void fastrnn_report(int64_t word) {
+  fastrnn::cuda::report = static_cast<uint32_t>(word);
 }
 
 extern "C" __attribute__((visibility("default"))) void fastrnn_release_programs() { fastrnn::cuda::release_memories(); }

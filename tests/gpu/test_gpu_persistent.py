@@ -1,5 +1,7 @@
-"""The kernels that run all steps of a few rows in one block (FASTRNN_CUDA_KERNEL=persistent-block,
-csrc/cuda/block_kernels.h), against torch.nn by the rule. Numbers of 16 bits only."""
+"""The kernels that run all steps, against torch.nn by the rule, in numbers of 16 bits: of a few
+rows in one block (FASTRNN_CUDA_KERNEL=persistent-block, csrc/cuda/block_kernels.h), or of a few
+units in each of many (persistent-grid, grid_kernels.h) with either exchange; the rest of those is
+in test_gpu_grid.py."""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ import torch
 from test_gpu_parity import LONG, expected, states
 from torch import Tensor, nn
 
-import cuda_on_host
 import fastrnn
 from cases import CASES, CELLS, DTYPES, Case
 from compare import check, check_identical
@@ -20,9 +21,15 @@ LOW = ["bfloat16", "float16"]
 MOST_UNITS = 128
 
 
-@pytest.fixture(autouse=True)
-def _blocks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTRNN_CUDA_KERNEL", "persistent-block")
+@pytest.fixture(autouse=True, params=["block", "grid-words", "grid-flags"])
+def persistent(
+    device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> str:
+    """The kernel that runs; by its name in FASTRNN_CUDA_KERNEL."""
+    kernel, _, exchange = request.param.partition("-")
+    monkeypatch.setenv("FASTRNN_CUDA_KERNEL", f"persistent-{kernel}")
+    monkeypatch.setenv("FASTRNN_GRID_EXCHANGE", exchange)
+    return f"persistent-{kernel}"
 
 
 # Rows that fill a block and one more, units that fill no fragment, sizes of either instance; rows
@@ -42,9 +49,9 @@ SIZES = [
 @pytest.mark.parametrize("case", CASES + LONG + SIZES, ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "lstm_proj"])
-def test_layer(device: str, cell: str, dtype: str, case: Case) -> None:
+def test_layer(device: str, persistent: str, cell: str, dtype: str, case: Case) -> None:
     problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
-    if case.H > MOST_UNITS:
+    if persistent == "persistent-block" and case.H > MOST_UNITS:
         with pytest.raises(RuntimeError, match="block cannot be met: H=150"):
             problem.run(fastrnn, device=device)
         return
@@ -108,7 +115,7 @@ def test_infinity_in_units_that_fill_no_tile(device: str, H: int) -> None:
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("H", [5, 20, 64])
 def test_an_infinite_gradient(
-    device: str, monkeypatch: pytest.MonkeyPatch, name: str, H: int
+    device: str, monkeypatch: pytest.MonkeyPatch, persistent: str, name: str, H: int
 ) -> None:
     """Goes where that of a product and a kernel per step goes."""
     layer = getattr(fastrnn, name)(3, H).to(device, torch.bfloat16)
@@ -117,14 +124,14 @@ def test_an_infinite_gradient(
             parameter.abs_()
     x = torch.randn(5, 2, 3, device=device).bfloat16().requires_grad_()
     found = {}
-    for kernel in ("step", "persistent-block"):
+    for kernel in ("step", persistent):
         monkeypatch.setenv("FASTRNN_CUDA_KERNEL", kernel)
         h_n = states(layer(x)[1])[0]
         slope = torch.zeros_like(h_n)
         slope[0, 1, 2] = float("inf")
         (found[kernel],) = torch.autograd.grad(h_n, x, slope)
-    assert torch.equal(found["step"].isnan(), found["persistent-block"].isnan())
-    assert torch.equal(found["step"].isinf(), found["persistent-block"].isinf())
+    assert torch.equal(found["step"].isnan(), found[persistent].isnan())
+    assert torch.equal(found["step"].isinf(), found[persistent].isinf())
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -163,36 +170,28 @@ def test_arrays_that_begin_at_an_odd_element(device: str, name: str, dtype: str)
         check(results(ours, place), same, exact)
 
 
-def test_what_it_cannot_run_is_refused(device: str) -> None:
-    for layer, dtype, reason in (
-        (fastrnn.LSTM(2, 4), torch.float32, "its products are those of bfloat16 and float16"),
-        (fastrnn.LSTM(2, 4, proj_size=2), torch.bfloat16, "it has no projection"),
-        (fastrnn.GRU(2, 130), torch.bfloat16, "H=130: weight_hh fits"),
-    ):
-        with pytest.raises(RuntimeError, match=f"persistent-block cannot be met: {reason}"):
-            layer.to(device, dtype)(torch.ones(1, 1, 2, device=device, dtype=dtype))
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_numbers_that_mean_something_to_the_exchange(device: str, name: str, dtype: str) -> None:
+    """NaN whose bits are all ones, in initial states, weights and gradients: what has not been
+    published looks like that."""
+    low = DTYPES[dtype]
+    reserved = torch.full((1,), -1, dtype=torch.int16).view(low).to(device)
+    assert reserved.isnan().all()
+    layer = getattr(fastrnn, name)(3, 20).to(device, low)
+    x = torch.randn(6, 9, 3, device=device).to(low).requires_grad_()
+    h0 = torch.randn(1, 9, 20, device=device).to(low)
+    clean = layer(x, (h0, h0) if name == "LSTM" else h0)[0].detach()
+    h0[0, 3] = reserved
+    output = layer(x, (h0, h0) if name == "LSTM" else h0)[0]
+    others = [b for b in range(9) if b != 3]
+    assert output[:, 3].isnan().all()
+    assert torch.equal(output[:, others], clean[:, others])
+    slope = torch.ones_like(output)
+    slope[3, 5] = reserved
+    (dx,) = torch.autograd.grad(output, x, slope)
+    assert dx[:, 5][:4].isnan().any()
+    assert dx[4:, 5].isfinite().all()
+    assert dx[:, [b for b in others if b != 5]].isfinite().all()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the host counts blocks")
-@pytest.mark.parametrize("persistent", ["", "1"])
-def test_it_runs_where_it_is_asked_for(
-    device: str, monkeypatch: pytest.MonkeyPatch, persistent: str
-) -> None:
-    """By itself only with FASTRNN_PERSISTENT=1, which leaves what it cannot run to the others."""
-    monkeypatch.setenv("FASTRNN_PERSISTENT", persistent)
-    layer = fastrnn.LSTM(2, 4).to(device)
-
-    def blocks(kernel: str, dtype: torch.dtype) -> int:
-        monkeypatch.setenv("FASTRNN_CUDA_KERNEL", kernel)
-        before = cuda_on_host.programs().blocks
-        layer.to(dtype)(torch.ones(3, 9, 2, device=device, dtype=dtype))
-        return cuda_on_host.programs().blocks - before
-
-    assert blocks("persistent-block", torch.bfloat16) == 2
-    assert blocks("step", torch.bfloat16) == 0
-    assert blocks("auto", torch.bfloat16) == (2 if persistent else 0)
-    assert blocks("auto", torch.float32) == 0
-    monkeypatch.setenv("FASTRNN_DISABLE_PERSISTENT", "1")
-    assert blocks("auto", torch.bfloat16) == 0
-    with pytest.raises(RuntimeError, match="cannot be met: FASTRNN_DISABLE_PERSISTENT=1"):
-        blocks("persistent-block", torch.bfloat16)

@@ -1,0 +1,140 @@
+// How the blocks of a grid tell each other the operand of the next step: through a mailbox in global memory, which
+// stays in the L2 cache. What is published n-th, for the 8 rows of a tile, lies in slot n % slots, in the order of the
+// fragments (fragments.h): one load of 16 bytes brings a thread what it needs of a block of k.
+//
+// Two ways to know that a word is there, of which a kernel takes one:
+//   WordExchange   the word says so itself: what has not been published is kNotThere, a NaN which is never published.
+//                  One trip through L2. Slots are made kNotThere again, half of them at a time: when publication
+//                  n = window k + 1 is due, everybody has published n - 1, thus read everything before, of which the
+//                  slots of the window before last, [n - 1 - window, n - 2], go. Only publications from window (k + 1)
+//                  on come there again; a fence after the clearing, and one of the readers between the windows, see to
+//                  it that they never find what was there before
+//   FlagExchange   each block counts itself in when it has published, and waits for all: a barrier
+// Waiting ends after kMostSpins: the operand then is NaN, and with it all that follows, and the host is told the step.
+//
+// Requires that all blocks run at the same time.
+#pragma once
+
+#include "block.h"
+#include "fragments.h"
+
+namespace fastrnn::cuda {
+
+constexpr uint32_t kNotThere = 0xFFFFFFFFu;
+constexpr uint32_t kNaN16 = 0x7FFF7FFFu, kNaN32 = 0x7FFFFFFFu;
+
+#if !defined(FASTRNN_MOST_SPINS)
+#define FASTRNN_MOST_SPINS (1 << 24)  // of some 0.5 us: several seconds
+#endif
+constexpr int kMostSpins = FASTRNN_MOST_SPINS;
+constexpr int kSpinsOfLook = FASTRNN_MOST_SPINS < 1024 ? 1 : 1024;  // until a thread looks whether others gave up
+
+struct Mailbox {
+  uint32_t* words;   // [D, slots, tiles, k_blocks, 8, 16]
+  uint32_t* flags;   // [D, tiles, publications] blocks that have published, FlagExchange only
+  uint32_t* failed;  // not 0: somebody gave up
+  uint32_t* report;  // host memory: step + 1, times 2, and 1 of a backward pass
+  int64_t slots, window, tiles, k_blocks, publications;
+  int64_t members;  // blocks that publish a tile
+
+  FASTRNN_FN int64_t words_of_slot() const { return tiles * k_blocks * kWordsOfBlock; }
+  FASTRNN_FN uint32_t* block_of(int64_t d, int64_t n, int64_t tile, int64_t k_block) const {
+    return words + (((d * slots + n % slots) * tiles + tile) * k_blocks + k_block) * kWordsOfBlock;
+  }
+};
+
+// What both have: a thread's view of the mailbox.
+class Exchange {
+ public:
+  FASTRNN_BLOCK_FN Exchange(const Block& block, const Mailbox& mailbox, int64_t group, bool is_backward)
+      : block_(block), mail_(mailbox), d_(group), is_backward_(is_backward) {}
+
+  template <class T>
+  static FASTRNN_FN uint32_t not_reserved(uint32_t word) {
+    return word != kNotThere ? word : sizeof(T) == 4 ? kNaN32 : kNaN16;
+  }
+
+ protected:
+  // After so many looks at what is not there: whether to give up.
+  FASTRNN_BLOCK_FN bool gives_up(int spins, int64_t step) {
+    if (gave_up_) return true;
+    if (spins % kSpinsOfLook == kSpinsOfLook - 1 && (spins >= kMostSpins || block_.look(mail_.failed) != 0)) {
+      if (spins >= kMostSpins) {
+        block_.arrive(mail_.failed);
+        block_.report(mail_.report, static_cast<uint32_t>(step + 1) * 2 + (is_backward_ ? 1 : 0));
+      }
+      gave_up_ = true;
+    }
+    if (!gave_up_) block_.pause();
+    return gave_up_;
+  }
+
+  const Block& block_;
+  const Mailbox& mail_;
+  const int64_t d_;
+  const bool is_backward_;
+  bool gave_up_ = false;
+};
+
+class WordExchange : public Exchange {
+ public:
+  using Exchange::Exchange;
+  static constexpr bool kHasFlags = false;
+
+  FASTRNN_BLOCK_FN void wait(int64_t, int64_t, int64_t) {}
+
+  // The words that were read from `source` once: goes on when all are there.
+  FASTRNN_BLOCK_FN void finish(const uint32_t* source, int64_t step, uint32_t (&words)[4]) {
+    for (int spins = 0; is_missing(words) && !gives_up(spins, step); ++spins) block_.load(source, words);
+  }
+  // All reads of publication n are done.
+  FASTRNN_BLOCK_FN void end_reading(int64_t n) const {
+    if (n % mail_.window == mail_.window - 1) block_.fence();
+  }
+
+  // Before a thread publishes words of publication n at these places: those of a tile's blocks of k.
+  template <class EachPlace>
+  FASTRNN_BLOCK_FN void begin_publishing(int64_t n, EachPlace each_place) const {
+    if (n % mail_.window != 1 || n <= mail_.window) return;
+    for (int64_t old = n - 1 - mail_.window; old < n - 1; ++old)
+      each_place(old, [&](uint32_t* word) { block_.store(word, kNotThere); });
+    block_.fence();
+  }
+  FASTRNN_BLOCK_FN void end_publishing(int64_t, int64_t) const {}
+
+ private:
+  static FASTRNN_FN bool is_missing(const uint32_t (&words)[4]) {
+    return words[0] == kNotThere || words[1] == kNotThere || words[2] == kNotThere || words[3] == kNotThere;
+  }
+};
+
+class FlagExchange : public Exchange {
+ public:
+  using Exchange::Exchange;
+  static constexpr bool kHasFlags = true;
+
+  // Until all blocks have published.
+  FASTRNN_BLOCK_FN void wait(int64_t n, int64_t tile, int64_t step) {
+    for (int spins = 0; block_.look(flag(n, tile)) < mail_.members && !gives_up(spins, step);) ++spins;
+  }
+  FASTRNN_BLOCK_FN void finish(const uint32_t*, int64_t, uint32_t (&words)[4]) const {
+    if (!gave_up_) return;
+    FASTRNN_UNROLL
+    for (int i = 0; i < 4; ++i) words[i] = kNotThere;
+  }
+  FASTRNN_BLOCK_FN void end_reading(int64_t) const {}
+
+  template <class EachPlace>
+  FASTRNN_BLOCK_FN void begin_publishing(int64_t, EachPlace) const {}
+  FASTRNN_BLOCK_FN void end_publishing(int64_t n, int64_t tile) const {
+    block_.sync();
+    if (block_.thread() == 0) block_.arrive(flag(n, tile));
+  }
+
+ private:
+  FASTRNN_FN uint32_t* flag(int64_t n, int64_t tile) const {
+    return mail_.flags + (d_ * mail_.tiles + tile) * mail_.publications + n;
+  }
+};
+
+}  // namespace fastrnn::cuda

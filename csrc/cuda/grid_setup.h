@@ -1,0 +1,68 @@
+// How a pass launches the kernels of a grid: the groups that fit at a time, and the mailbox of a launch.
+#pragma once
+
+#include <algorithm>
+
+#include "plan.h"
+#include "scan_cuda.h"
+
+namespace fastrnn::cuda {
+
+// Throws if a kernel of a grid has given up since the last look.
+inline void check_report(uint32_t* report) {
+  if (!report) return;
+  volatile uint32_t* const word = report;
+  const uint32_t told = *word;
+  if (told == 0) return;
+  *word = 0;
+  STD_TORCH_CHECK(
+      false, "fastrnn: persistent-grid gave up in an earlier ", told % 2 ? "backward" : "forward",
+      " pass: a block waited in vain for the others in step ", told / 2 - 1,
+      " (of the steps as they run), and what came after it is NaN; FASTRNN_DISABLE_PERSISTENT=1 does without");
+}
+
+class GridSetup {
+ public:
+  // gates: those that the operand has, 1 of h.
+  GridSetup(const PlanShape& shape, const Context& context, int64_t gates)
+      : s_(shape), on_(context), plan_(grid_plan(shape)), gates_(gates) {}
+
+  // Launches a kernel for all groups. publications: of a tile, at most.
+  template <class Args>
+  void launch(Args& args, int64_t publications, void (*kernel)(const Args&, Queue)) {
+    prepare(publications);
+    args.mailbox = mailbox_, args.flags = on_.asked.flags;
+    args.unit_blocks = plan_.unit_blocks, args.row_groups = plan_.row_groups;
+    for (int64_t first = 0; first < s_.D; first += plan_.groups) {
+      args.first_group = first, args.group_count = std::min(plan_.groups, s_.D - first);
+      kernel(args, on_.queue);
+    }
+  }
+
+ private:
+  void prepare(int64_t publications) {
+    PrepareArgs args{};
+    Mailbox& mail = args.mailbox;
+    args.D = s_.D, args.k_blocks_of_gate = grid_k_blocks(s_.H, s_.item_bytes);
+    args.words_of_row = plan_.unit_blocks * kGridUnits * s_.item_bytes / 4;
+    mail.tiles = plan_.tiles, mail.k_blocks = gates_ * args.k_blocks_of_gate;
+    mail.publications = publications, mail.members = plan_.unit_blocks;
+    mail.window = grid_window(s_.D * mail.words_of_slot() * 4), mail.slots = on_.asked.flags ? 2 : 2 * mail.window;
+    const int64_t words = s_.D * mail.slots * mail.words_of_slot();
+    const int64_t flags = on_.asked.flags ? s_.D * mail.tiles * publications : 0;
+    memory_ = on_.device.make({(words + 1 + flags) * 4}, ScalarType::Byte);
+    mail.words = static_cast<uint32_t*>(memory_.mutable_data_ptr());
+    mail.failed = mail.words + words, mail.flags = flags > 0 ? mail.failed + 1 : nullptr, mail.report = on_.report;
+    on_.grid.prepare(args, on_.queue);
+    mailbox_ = mail;
+  }
+
+  const PlanShape& s_;
+  const Context& on_;
+  const GridPlan plan_;
+  const int64_t gates_;
+  Mailbox mailbox_{};
+  Tensor memory_;
+};
+
+}  // namespace fastrnn::cuda
