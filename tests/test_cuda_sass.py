@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,13 @@ pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="there are no sources here"),
 ]
 
-KERNEL = re.compile(
-    r"Block(?:Forward|Backward)I.*?(?P<cell>Rnn|Lstm|Gru)Cell.*?ELi(?P<tiles>\d)E"
-)
 GATES = {"Rnn": 1, "Lstm": 4, "Gru": 3}
+REGISTER_BLOCKS = 4  # kGridBlocks of csrc/cuda/plan.h
 
 
 def time_loop(code: str) -> Counter[str]:
-    """How often each instruction stands in the shortest loop with products."""
+    """How often each instruction stands in the shortest loop with products and a barrier; "poll" is
+    what reads a mailbox."""
     loops, labels, instructions = [], {}, []
     for line in code.splitlines():
         if label := re.match(r"(\.L_\w+):", line.strip()):
@@ -50,26 +50,55 @@ def time_loop(code: str) -> Counter[str]:
             if target := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", found[1]):
                 begin = labels.get(target[1], len(instructions))
                 body = [re.sub(r"^@!?\w+\s+", "", text) for text in instructions[begin:]]
-                loops.append(Counter(re.split(r"[. ]", text)[0] for text in body))
-    return min((loop for loop in loops if loop["HMMA"]), key=lambda loop: loop.total())
+                count = Counter(re.split(r"[. ]", text)[0] for text in body)
+                count["poll"] = sum(text.startswith("LDG.E.128.STRONG.GPU") for text in body)
+                loops.append(count)
+    wanted = [loop for loop in loops if loop["HMMA"] and loop["BAR"]]
+    return min(wanted, key=lambda loop: loop.total())
 
 
-def test_time_loops(tmp_path: Path) -> None:
-    cubin = tmp_path / "kernels.cubin"
-    source = str(ROOT / "csrc/cuda/block_kernels.cu")
+def time_loops(
+    name: str, kernel: str, folder: Path
+) -> Iterator[tuple[re.Match[str], Counter[str]]]:
+    """Of the kernels of a file whose names match."""
+    cubin = folder / "kernels.cubin"
+    source = str(ROOT / f"csrc/cuda/{name}.cu")
     options = ["-std=c++17", "-O3", "-fmad=false", "-arch=sm_90a", f"-I{ROOT / 'csrc'}", "-cubin"]
     subprocess.run([str(NVCC), *options, source, "-o", str(cubin)], check=True)
     run = subprocess.run(
         [str(NVDISASM), "-c", str(cubin)], check=True, capture_output=True, text=True
     )
-    seen = 0
     for code in run.stdout.split("\n.text.")[1:]:
-        kernel = KERNEL.search(code.split("\n", 1)[0])
-        if kernel is None:
-            continue
+        if found := re.search(kernel, code.split("\n", 1)[0]):
+            yield found, time_loop(code)
+
+
+def test_blocks(tmp_path: Path) -> None:
+    seen = 0
+    pattern = r"Block(?:Forward|Backward)I.*?(?P<cell>Rnn|Lstm|Gru)Cell.*?ELi(?P<tiles>\d)E"
+    for kernel, loop in time_loops("block_kernels", pattern, tmp_path):
         seen += 1
-        loop = time_loop(code)
         assert loop["HMMA"] == GATES[kernel["cell"]] * int(kernel["tiles"]), kernel[0]
         assert loop["BAR"] == 1, kernel[0]
         assert loop["LDL"] + loop["STL"] == 0, kernel[0]
+    assert seen == 48
+
+
+def test_grids(tmp_path: Path) -> None:
+    """Products with weights in registers, then those of a batch with weights in shared memory; the
+    reads of all operands, and again where they were not there."""
+    seen = 0
+    pattern = r"Grid(?P<way>For|Back)wardI.*?(?P<cell>Rnn|Lstm|Gru)Cell.*(?P<exchange>Word|Flag)Ex"
+    for kernel, loop in time_loops("grid_kernels", pattern, tmp_path):
+        seen += 1
+        gates = GATES[kernel["cell"]]
+        outputs = gates if kernel["way"] == "For" else 1
+        resident = REGISTER_BLOCKS if kernel["way"] == "For" else REGISTER_BLOCKS * gates
+        batch = 2 if resident > 12 else 4
+        assert loop["HMMA"] == 2 * outputs * (resident + batch), kernel[0]
+        assert loop["BAR"] == (1 if kernel["exchange"] == "Word" else 2), kernel[0]
+        assert loop["LDL"] + loop["STL"] == 0, kernel[0]
+        reads = resident + 2 * batch  # the batch behind those of the registers is read twice
+        again = resident + batch if kernel["exchange"] == "Word" else 0
+        assert reads - batch <= loop["poll"] - again <= reads, kernel[0]
     assert seen == 48

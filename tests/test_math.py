@@ -36,3 +36,21 @@ def test_activation_accuracy(isa: str, tmp_path: Path) -> None:
         assert int(failures) == 0, f"{name}: wrong limits or NaN"
         assert float(sigmoid) <= MAX_ULP, f"{name}: sigmoid off by {sigmoid} ulp"
         assert float(tanh) <= MAX_ULP, f"{name}: tanh off by {tanh} ulp"
+
+
+# log2 of the largest errors, as csrc/cuda/quick.h states them.
+QUICK = {"sigmoid_relative": -19, "sigmoid_absolute": -38, "tanh_relative": -19}
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_quick_activations(tmp_path: Path) -> None:
+    program = tmp_path / "quick_test"
+    source = SOURCE.parent / "quick_test.cpp"
+    command = [str(COMPILER), "-std=c++17", "-O2", "-ffp-contract=off", str(source)]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    run = subprocess.run([str(program)], check=True, capture_output=True, text=True)
+    found = dict(line.split() for line in run.stdout.splitlines())
+    assert found.pop("failures") == "0"
+    assert found.keys() == QUICK.keys()
+    for name, most in QUICK.items():
+        assert float(found[name]) <= most, f"{name}: 2^{found[name]}"

@@ -92,11 +92,12 @@ struct BlockBackward : BlockShape<kTiles> {
           }
           FASTRNN_UNROLL
           for (int j = 0; j < 2; ++j) {
-            float si[A + 1], xi[G], ri[R + 1];
+            Quick si[A + 1], xi[G], ri[R + 1], dh_all = dh[i][j] + g.doutput[j], dc_all = dc[i][j];
             FASTRNN_UNROLL
             for (int k = 0; k < A; ++k) si[k] = g.saved[k][j];
-            dh[i][j] += g.doutput[j];
-            Cell::backward(si, g.h_before[j], g.c_before[j], g.h_after[j], c_after[i][j], dh[i][j], dc[i][j], xi, ri);
+            Cell::backward(si, Quick(g.h_before[j]), Quick(g.c_before[j]), Quick(g.h_after[j]), Quick(c_after[i][j]),
+                           dh_all, dc_all, xi, ri);
+            dh[i][j] = dh_all, dc[i][j] = dc_all;
             if (!units.has(j)) continue;  // no gradient: the numbers of units that are not there
             FASTRNN_UNROLL
             for (int k = 0; k < G; ++k) dx[k][j] = xi[k];

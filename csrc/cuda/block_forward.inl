@@ -98,7 +98,7 @@ struct BlockForward : BlockShape<kTiles> {
         float saved[A + 1][2];
         FASTRNN_UNROLL
         for (int j = 0; j < 2; ++j) {
-          float xi[G], ri[G], si[A + 1], hi = h[i][j], ci = c[i][j];
+          Quick xi[G], ri[G], si[A + 1], hi = h[i][j], ci = c[i][j];
           FASTRNN_UNROLL
           for (int k = 0; k < G; ++k) {
             const float of_input = bias[k * Shape::kUnits + j], sum = sums[k][2 * j + i];

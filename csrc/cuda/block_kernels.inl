@@ -15,6 +15,7 @@
 
 #include "block.h"
 #include "fragments.h"
+#include "quick.h"
 
 namespace fastrnn::cuda {
 namespace {

@@ -30,23 +30,28 @@ constexpr int kMostSpins = FASTRNN_MOST_SPINS;
 constexpr int kSpinsOfLook = FASTRNN_MOST_SPINS < 1024 ? 1 : 1024;  // until a thread looks whether others gave up
 
 struct Mailbox {
-  uint32_t* words;   // [D, slots, tiles, k_blocks, 8, 16]
-  uint32_t* flags;   // [D, tiles, publications] blocks that have published, FlagExchange only
-  uint32_t* failed;  // not 0: somebody gave up
-  uint32_t* report;  // host memory: step + 1, times 2, and 1 of a backward pass
-  int64_t slots, window, tiles, k_blocks, publications;
-  int64_t members;  // blocks that publish a tile
+  uint32_t* words;    // [D, slots, tiles, k_blocks, 8, 16]
+  uint32_t* flags;    // [D, tiles, publications] blocks that have published, FlagExchange only
+  uint32_t* failed;   // not 0: somebody gave up
+  uint32_t* report;   // host memory: step + 1, times 2, and 1 of a backward pass
+  int slots, window;  // powers of two
+  int tiles, k_blocks, publications;
+  int members;  // blocks that publish a tile
 
-  FASTRNN_FN int64_t words_of_slot() const { return tiles * k_blocks * kWordsOfBlock; }
-  FASTRNN_FN uint32_t* block_of(int64_t d, int64_t n, int64_t tile, int64_t k_block) const {
-    return words + (((d * slots + n % slots) * tiles + tile) * k_blocks + k_block) * kWordsOfBlock;
+  FASTRNN_FN int64_t words_of_slot() const { return static_cast<int64_t>(tiles) * k_blocks * kWordsOfBlock; }
+  // The blocks of k of publication n of a tile.
+  FASTRNN_FN uint32_t* operand(int d, int n, int tile) const {
+    return words + static_cast<int64_t>((d * slots + (n & (slots - 1))) * tiles + tile) * (k_blocks * kWordsOfBlock);
+  }
+  FASTRNN_FN uint32_t* flag(int d, int n, int tile) const {
+    return flags + static_cast<int64_t>(d * tiles + tile) * publications + n;
   }
 };
 
 // What both have: a thread's view of the mailbox.
 class Exchange {
  public:
-  FASTRNN_BLOCK_FN Exchange(const Block& block, const Mailbox& mailbox, int64_t group, bool is_backward)
+  FASTRNN_BLOCK_FN Exchange(const Block& block, const Mailbox& mailbox, int group, bool is_backward)
       : block_(block), mail_(mailbox), d_(group), is_backward_(is_backward) {}
 
   template <class T>
@@ -54,9 +59,8 @@ class Exchange {
     return word != kNotThere ? word : sizeof(T) == 4 ? kNaN32 : kNaN16;
   }
 
- protected:
   // After so many looks at what is not there: whether to give up.
-  FASTRNN_BLOCK_FN bool gives_up(int spins, int64_t step) {
+  FASTRNN_BLOCK_FN bool gives_up(int spins, int step) {
     if (gave_up_) return true;
     if (spins % kSpinsOfLook == kSpinsOfLook - 1 && (spins >= kMostSpins || block_.look(mail_.failed) != 0)) {
       if (spins >= kMostSpins) {
@@ -69,9 +73,10 @@ class Exchange {
     return gave_up_;
   }
 
+ protected:
   const Block& block_;
   const Mailbox& mail_;
-  const int64_t d_;
+  const int d_;
   const bool is_backward_;
   bool gave_up_ = false;
 };
@@ -79,61 +84,51 @@ class Exchange {
 class WordExchange : public Exchange {
  public:
   using Exchange::Exchange;
-  static constexpr bool kHasFlags = false;
+  static constexpr bool kWaitsFirst = false;
 
-  FASTRNN_BLOCK_FN void wait(int64_t, int64_t, int64_t) {}
-
-  // The words that were read from `source` once: goes on when all are there.
-  FASTRNN_BLOCK_FN void finish(const uint32_t* source, int64_t step, uint32_t (&words)[4]) {
-    for (int spins = 0; is_missing(words) && !gives_up(spins, step); ++spins) block_.load(source, words);
+  FASTRNN_BLOCK_FN void wait(int, int, int) {}
+  FASTRNN_FN bool is_missing(const uint32_t (&words)[4]) const {
+    return words[0] == kNotThere || words[1] == kNotThere || words[2] == kNotThere || words[3] == kNotThere;
   }
+  FASTRNN_FN void taken(uint32_t (&)[4]) const {}
   // All reads of publication n are done.
-  FASTRNN_BLOCK_FN void end_reading(int64_t n) const {
-    if (n % mail_.window == mail_.window - 1) block_.fence();
+  FASTRNN_BLOCK_FN void end_reading(int n) const {
+    if ((n & (mail_.window - 1)) == mail_.window - 1) block_.fence();
   }
 
-  // Before a thread publishes words of publication n at these places: those of a tile's blocks of k.
+  // Before a thread publishes words of publication n, at the places that each_place goes through.
   template <class EachPlace>
-  FASTRNN_BLOCK_FN void begin_publishing(int64_t n, EachPlace each_place) const {
-    if (n % mail_.window != 1 || n <= mail_.window) return;
-    for (int64_t old = n - 1 - mail_.window; old < n - 1; ++old)
+  FASTRNN_BLOCK_FN void begin_publishing(int n, EachPlace each_place) const {
+    if ((n & (mail_.window - 1)) != 1 || n <= mail_.window) return;
+    for (int old = n - 1 - mail_.window; old < n - 1; ++old)
       each_place(old, [&](uint32_t* word) { block_.store(word, kNotThere); });
     block_.fence();
   }
-  FASTRNN_BLOCK_FN void end_publishing(int64_t, int64_t) const {}
-
- private:
-  static FASTRNN_FN bool is_missing(const uint32_t (&words)[4]) {
-    return words[0] == kNotThere || words[1] == kNotThere || words[2] == kNotThere || words[3] == kNotThere;
-  }
+  FASTRNN_BLOCK_FN void end_publishing(int, int) const {}
 };
 
 class FlagExchange : public Exchange {
  public:
   using Exchange::Exchange;
-  static constexpr bool kHasFlags = true;
+  static constexpr bool kWaitsFirst = true;
 
   // Until all blocks have published.
-  FASTRNN_BLOCK_FN void wait(int64_t n, int64_t tile, int64_t step) {
-    for (int spins = 0; block_.look(flag(n, tile)) < mail_.members && !gives_up(spins, step);) ++spins;
+  FASTRNN_BLOCK_FN void wait(int n, int tile, int step) {
+    const uint32_t* const flag = mail_.flag(d_, n, tile);
+    for (int spins = 0; block_.look(flag) < static_cast<uint32_t>(mail_.members) && !gives_up(spins, step);) ++spins;
   }
-  FASTRNN_BLOCK_FN void finish(const uint32_t*, int64_t, uint32_t (&words)[4]) const {
-    if (!gave_up_) return;
+  FASTRNN_FN bool is_missing(const uint32_t (&)[4]) const { return false; }
+  FASTRNN_FN void taken(uint32_t (&words)[4]) const {
     FASTRNN_UNROLL
-    for (int i = 0; i < 4; ++i) words[i] = kNotThere;
+    for (int i = 0; i < 4; ++i) words[i] = gave_up_ ? kNotThere : words[i];
   }
-  FASTRNN_BLOCK_FN void end_reading(int64_t) const {}
+  FASTRNN_BLOCK_FN void end_reading(int) const {}
 
   template <class EachPlace>
-  FASTRNN_BLOCK_FN void begin_publishing(int64_t, EachPlace) const {}
-  FASTRNN_BLOCK_FN void end_publishing(int64_t n, int64_t tile) const {
+  FASTRNN_BLOCK_FN void begin_publishing(int, EachPlace) const {}
+  FASTRNN_BLOCK_FN void end_publishing(int n, int tile) const {
     block_.sync();
-    if (block_.thread() == 0) block_.arrive(flag(n, tile));
-  }
-
- private:
-  FASTRNN_FN uint32_t* flag(int64_t n, int64_t tile) const {
-    return mail_.flags + (d_ * mail_.tiles + tile) * mail_.publications + n;
+    if (block_.thread() == 0) block_.arrive(mail_.flag(d_, n, tile));
   }
 };
 

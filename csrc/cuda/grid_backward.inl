@@ -5,54 +5,54 @@ struct GridBackward {
   static constexpr int kThreads = kGridThreads;
   static constexpr int G = Cell::kGates;
   using Products = GridProducts<T, 1, kGridBlocks * G>;
+  using Publish = Publisher<T, G>;
+  using CellStep = BackwardCell<Cell, T, 1, Quick, int>;  // TF32 has no more bits than numbers of 16
   GridBackwardArgs args;
 
   size_t shared_bytes() const { return Products::shared_bytes(args.mailbox.k_blocks); }
 
   FASTRNN_BLOCK_FN void operator()(const Block& block) const {
-    using F = Fragment<T>;
     const BackwardArgs& a = args.cell;
     const Mailbox& mail = args.mailbox;
     const Steps& steps = args.steps;
     const GridPlace place(block, args, a.H);
-    const int64_t d = place.d;
+    const int d = place.d, end = static_cast<int>(steps.T);
     const bool reversed = a.reversed(d);
-    const auto time = [&](int64_t step) { return reversed ? steps.T - 1 - step : step; };
+    const auto time = [&](int step) { return reversed ? end - 1 - step : step; };
     float* const memory = block.shared<float>();
     Products products(block, mail.k_blocks, block.shared<uint32_t>() + 2 * Products::kPartialFloats);
-    // Transposed: rows are the units whose gradient it gives, k the units of one gate after the other.
-    const int blocks_of_gate = static_cast<int>(mail.k_blocks) / G;
-    products.load_weights([&](int, int row, int k_block, int word) {
-      const int64_t j = place.unit_block * kGridUnits + row, gate = k_block / blocks_of_gate;
-      const int64_t i = k_block % blocks_of_gate * F::kBlock + word * F::kPerWord;
-      return word_of_column(at<T>(args.weight_hh) + ((d * G + gate) * a.H + i) * a.H + j, a.H, j < a.H ? a.H - i : 0);
-    });
+    products.load_weights(args.weights + d * args.weight_words, place.unit_block);
+    const Publish publisher(block, mail, place);
     Exchange exchange(block, mail, d, true);
     StepRows rows{};
     int parity = 0;
-    const int64_t last = a.dh0 || a.dc0 ? -1 : 0;  // -1: the gradients of the initial states
-    for (int64_t step = steps.T - 1; step >= last; --step) {
-      const int64_t n = steps.T - 1 - step;
+    const int last = a.dh0 || a.dc0 ? -1 : 0;  // -1: the gradients of the initial states
+    for (int step = end - 1; step >= last; --step) {
+      const int n = end - 1 - step;
       rows.row = steps.row(time(step)), rows.count_next = steps.count(time(step + 1));
       rows.count_before = steps.count(time(step - 1));
       rows.row_before = rows.count_before > 0 ? steps.row(time(step - 1)) : 0;
-      for (int64_t tile = place.row_group; tile < mail.tiles; tile += args.row_groups) {
-        const int64_t first_row = tile * kBlockRows;
+      int half = 1;  // of the block, which has the cells of a tile
+      for (int tile = place.row_group; tile < mail.tiles; tile += args.row_groups) {
+        half = 1 - half;
+        const int first_row = tile * kBlockRows;
         const int live = steps.live(time(step), first_row), live_after = steps.live(time(step + 1), first_row);
         if (live == 0 && live_after == 0) continue;
-        const bool is_mine = place.half == static_cast<int>(tile / args.row_groups % 2);
-        const bool is_active = is_mine && place.has_unit && place.row < live;
-        const BackwardCell<Cell, T, 1> cell{a, rows, d, first_row + place.row, place.j};
-        typename BackwardCell<Cell, T, 1>::Given given{};
+        const uint32_t* const operand = mail.operand(d, n - 1, tile);
+        typename Products::Operands operands = {};
+        if (live_after > 0 && !Exchange::kWaitsFirst) products.start(operand, operands);
+        const bool is_mine = place.half == half, is_active = is_mine && place.has_unit && place.row < live;
+        const CellStep cell(a, rows, {d, first_row + place.row, place.j});
+        typename CellStep::Given given{};
         if (is_active) given = cell.fetch();  // while the operand is on its way
         float* const partials = memory + parity * Products::kPartialFloats;
         if (live_after > 0) {
-          products.multiply(exchange, mail.block_of(d, n - 1, tile, 0), n - 1, tile, step, partials);
+          products.multiply(exchange, operand, n - 1, tile, step, operands, partials);
           block.sync();
           parity = 1 - parity;
         }
         if (is_mine) {
-          typename BackwardCell<Cell, T, 1>::Result result;
+          typename CellStep::Result result;
           const bool continues = place.has_unit && place.row < live_after;
           float product[1] = {0.0f};
           if (continues) product[0] = Products::sum_of(partials, 0, place.unit, place.row);
@@ -66,7 +66,7 @@ struct GridBackward {
           } else if (continues) {
             cell.leave(product);
           }
-          if (live > 0) publish(block, exchange, mail, place, n, tile, published, live_after > 0);
+          if (live > 0) publisher.publish(exchange, n, tile, published, live_after > 0);
           if (is_active) cell.store(given, result);
         }
         if (live > 0) exchange.end_publishing(n, tile);

@@ -5,45 +5,46 @@ struct GridForward {
   static constexpr int kThreads = kGridThreads;
   static constexpr int G = Cell::kGates;
   using Products = GridProducts<T, G, kGridBlocks>;
+  using Publish = Publisher<T, 1>;
+  using CellStep = ForwardCell<Cell, T, 1, Quick, int>;  // TF32 has no more bits than numbers of 16
   GridForwardArgs args;
 
   size_t shared_bytes() const { return Products::shared_bytes(args.mailbox.k_blocks); }
 
   FASTRNN_BLOCK_FN void operator()(const Block& block) const {
-    using F = Fragment<T>;
     const ForwardArgs& a = args.cell;
     const Mailbox& mail = args.mailbox;
     const Steps& steps = args.steps;
     const GridPlace place(block, args, a.H);
-    const int64_t d = place.d;
+    const int d = place.d, first = static_cast<int>(args.first), end = static_cast<int>(args.end);
     const bool reversed = a.reversed(d);
-    const auto time = [&](int64_t step) { return reversed ? steps.T - 1 - step : step; };
+    const auto time = [&](int step) { return reversed ? static_cast<int>(steps.T) - 1 - step : step; };
     float* const memory = block.shared<float>();
     Products products(block, mail.k_blocks, block.shared<uint32_t>() + 2 * Products::kPartialFloats);
-    products.load_weights([&](int gate, int row, int k_block, int word) {
-      const int64_t i = place.unit_block * kGridUnits + row, column = k_block * F::kBlock + word * F::kPerWord;
-      return word_of_column(at<T>(args.weight_hh) + ((d * G + gate) * a.H + i) * a.H + column, 1,
-                            i < a.H ? a.H - column : 0);
-    });
-    StepRows rows{};
-    typename ForwardCell<Cell, T, 1>::Bias bias = {};
-    if (place.has_unit) bias = ForwardCell<Cell, T, 1>{a, rows, d, 0, place.j}.bias();
+    products.load_weights(args.weights + d * args.weight_words, place.unit_block);
+    const Publish publisher(block, mail, place);
+    typename CellStep::Bias bias = {};
+    if (place.has_unit) bias = CellStep::bias(a, {d, 0, place.j});
     Exchange exchange(block, mail, d, false);
+    StepRows rows{};
     int parity = 0;
-    for (int64_t step = args.first - 1; step < args.end;
-         ++step) {  // the first one publishes the states before the others
-      const int64_t n = step - args.first + 1;
+    for (int step = first - 1; step < end; ++step) {  // before the first one it publishes the states
+      const int n = step - first + 1;
       rows.row = steps.row(time(step)), rows.gates_row = rows.row - args.gates_begin[reversed];
       rows.count_next = steps.count(time(step + 1));
-      for (int64_t tile = place.row_group; tile < mail.tiles; tile += args.row_groups) {
-        const int64_t first_row = tile * kBlockRows, b = first_row + place.row;
-        const int live = step < args.first ? 0 : steps.live(time(step), first_row);
-        const bool enters = live == 0 && step + 1 < args.end && steps.live(time(step + 1), first_row) > 0;
+      int half = 1;  // of the block, which has the cells of a tile
+      for (int tile = place.row_group; tile < mail.tiles; tile += args.row_groups) {
+        half = 1 - half;
+        const int first_row = tile * kBlockRows, b = first_row + place.row;
+        const int live = step < first ? 0 : steps.live(time(step), first_row);
+        const bool enters = live == 0 && step + 1 < end && steps.live(time(step + 1), first_row) > 0;
         if (live == 0 && !enters) continue;
-        const bool is_mine = place.half == static_cast<int>(tile / args.row_groups % 2);
-        const bool is_active = is_mine && place.has_unit && place.row < live;
-        const ForwardCell<Cell, T, 1> cell{a, rows, d, b, place.j};
-        typename ForwardCell<Cell, T, 1>::Given given{};
+        const uint32_t* const operand = mail.operand(d, n - 1, tile);
+        typename Products::Operands operands = {};
+        if (live > 0 && !Exchange::kWaitsFirst) products.start(operand, operands);
+        const bool is_mine = place.half == half, is_active = is_mine && place.has_unit && place.row < live;
+        const CellStep cell(a, rows, {d, b, place.j});
+        typename CellStep::Given given{};
         T published[1];
         narrow(0.0f, published[0]);
         if (is_active)
@@ -52,12 +53,12 @@ struct GridForward {
           published[0] = at<T>(a.h)[cell.state()];  // of a row that takes part later
         float* const partials = memory + parity * Products::kPartialFloats;
         if (live > 0) {
-          products.multiply(exchange, mail.block_of(d, n - 1, tile, 0), n - 1, tile, step, partials);
+          products.multiply(exchange, operand, n - 1, tile, step, operands, partials);
           block.sync();
           parity = 1 - parity;
         }
         if (is_mine) {
-          typename ForwardCell<Cell, T, 1>::Result result;
+          typename CellStep::Result result;
           if (is_active) {
             float r[G][1];
             FASTRNN_UNROLL
@@ -65,7 +66,7 @@ struct GridForward {
             result = cell.compute(given, bias, r);
             narrow(result.h[0], published[0]);
           }
-          publish(block, exchange, mail, place, n, tile, published, live > 0);
+          publisher.publish(exchange, n, tile, published, live > 0);
           if (is_active) cell.store(result);
         }
         exchange.end_publishing(n, tile);

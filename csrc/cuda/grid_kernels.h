@@ -11,12 +11,13 @@ namespace fastrnn::cuda {
 // What either pass has.
 struct GridArgs {
   Steps steps;
-  const void* weight_hh;             // Storage [D, G, H, H]
-  Mailbox mailbox;                   // ready (grid_kernels().prepare)
-  bool flags;                        // FlagExchange, not WordExchange
-  int64_t unit_blocks;               // blocks that share the units of a group
-  int64_t row_groups;                // of blocks: tile i of 8 rows belongs to row group i % row_groups
-  int64_t first_group, group_count;  // the groups that take part
+  const uint32_t* weights;  // of all groups, weight_words of each (grid_kernels().pack)
+  int64_t weight_words;
+  Mailbox mailbox;               // ready (grid_kernels().prepare)
+  bool flags;                    // FlagExchange, not WordExchange
+  int unit_blocks;               // blocks that share the units of a group
+  int row_groups;                // of blocks: tile i of 8 rows belongs to row group i % row_groups
+  int first_group, group_count;  // the groups that take part
 };
 
 // Steps [first, end), in the order in which they run, from the states in the panels and into them. Of `cell`, rows,
@@ -35,13 +36,24 @@ struct GridBackwardArgs : GridArgs {
 // Makes a mailbox ready: nothing is there, but for words of units that nobody has, which are 0.
 struct PrepareArgs {
   Mailbox mailbox;
-  int64_t D, k_blocks_of_gate, words_of_row;  // words of a row of a gate that somebody publishes
+  int D, k_blocks_of_gate, words_of_row;  // words of a row of a gate that somebody publishes
+};
+
+// weight_hh of a group, in the order in which the threads of blocks take it (grid_products.h).
+struct PackWeightsArgs {
+  Dtype dtype;
+  bool is_backward;    // transposed: rows are units of h, k the units of one gate after the other
+  const void* weight;  // Storage [G, H, H]
+  uint32_t* target;
+  int64_t words;
+  int G, H, k_blocks;  // k_blocks: of the operand
 };
 
 struct GridKernels {
   void (*forward)(const GridForwardArgs&, Queue);
   void (*backward)(const GridBackwardArgs&, Queue);
   void (*prepare)(const PrepareArgs&, Queue);
+  void (*pack)(const PackWeightsArgs&, Queue);
 };
 
 const GridKernels& grid_kernels();

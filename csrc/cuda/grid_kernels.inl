@@ -26,58 +26,60 @@ namespace {
 
 // Which units and rows a block, and a thread, has.
 struct GridPlace {
-  int64_t d, unit_block, row_group, j;
-  int half, row, unit;  // of a thread: half of the block, of the tile's rows, of the block's units
+  int d, unit_block, row_group;
+  int half, row, unit, j;  // of a thread: half of the block; of the tile's rows, of the block's units; hidden unit
   bool has_unit;
 
   FASTRNN_BLOCK_FN GridPlace(const Block& block, const GridArgs& args, int64_t H)
-      : d(block.group() + args.first_group),
-        unit_block(block.index() % args.unit_blocks),
-        row_group(block.index() / args.unit_blocks),
+      : d(static_cast<int>(block.group()) + args.first_group),
+        unit_block(static_cast<int>(block.index()) % args.unit_blocks),
+        row_group(static_cast<int>(block.index()) / args.unit_blocks),
         half(block.thread() / kSumsOfProduct),
         row(block.thread() % kSumsOfProduct / kGridUnits),
-        unit(block.thread() % kGridUnits) {
-    j = unit_block * kGridUnits + unit, has_unit = j < H;
-  }
+        unit(block.thread() % kGridUnits),
+        j(unit_block * kGridUnits + unit),
+        has_unit(j < H) {}
 };
 
-template <class T>
-FASTRNN_FN uint32_t word_of_column(const T* column, int64_t step, int64_t present) {
-  T numbers[2];
-  narrow(0.0f, numbers[0]), numbers[1] = numbers[0];
-  FASTRNN_UNROLL
-  for (int i = 0; i < Fragment<T>::kPerWord; ++i)
-    if (i < present) numbers[i] = column[i * step];
-  uint32_t word;
-  memcpy(&word, numbers, sizeof word);
-  return word;
-}
-
-// Publishes numbers of a thread's row and unit, one for each of kCount gates.
-template <class T, int kCount, class Exchange>
-FASTRNN_BLOCK_FN void publish(const Block& block, const Exchange& exchange, const Mailbox& mail, const GridPlace& place,
-                              int64_t n, int64_t tile, const T (&numbers)[kCount], bool after_reading) {
+// Publishes numbers of a thread's unit and row, one for each of kCount gates. Pairs of threads make a word of 16 bits.
+template <class T, int kCount>
+class Publisher {
+ public:
   using F = Fragment<T>;
-  const int64_t column = place.unit_block * kGridUnits + place.unit;
-  const int64_t blocks_of_gate = mail.k_blocks / kCount;
-  const bool writes = place.unit % F::kPerWord == 0;
-  const auto target = [&](int64_t publication, int k) {
-    return mail.block_of(place.d, publication, tile, k * blocks_of_gate + column / F::kBlock) +
-           place.row * F::kRowWords + column % F::kBlock / F::kPerWord;
-  };
-  if (after_reading)
-    exchange.begin_publishing(n, [&](int64_t publication, auto clear) {
-      for (int k = 0; k < kCount; ++k)
-        if (writes) clear(target(publication, k));
-    });
-  FASTRNN_UNROLL
-  for (int k = 0; k < kCount; ++k) {
-    uint32_t word = 0;
-    memcpy(&word, &numbers[k], sizeof(T));
-    if (F::kPerWord == 2) word |= block.swap(word) << 16;
-    if (writes) block.store(target(n, k), Exchange::template not_reserved<T>(word));
+
+  FASTRNN_BLOCK_FN Publisher(const Block& block, const Mailbox& mail, const GridPlace& place)
+      : block_(block),
+        mail_(mail),
+        d_(place.d),
+        first_(place.j / F::kBlock * kWordsOfBlock + place.row * F::kRowWords + place.j % F::kBlock / F::kPerWord),
+        gate_(mail.k_blocks / kCount * kWordsOfBlock),
+        writes_(place.j % F::kPerWord == 0) {}
+
+  // after_reading: of publication n - 1, by this block.
+  template <class Exchange>
+  FASTRNN_BLOCK_FN void publish(const Exchange& exchange, int n, int tile, const T (&numbers)[kCount],
+                                bool after_reading) const {
+    if (after_reading)
+      exchange.begin_publishing(n, [&](int publication, auto clear) {
+        for (int k = 0; k < kCount; ++k)
+          if (writes_) clear(mail_.operand(d_, publication, tile) + first_ + k * gate_);
+      });
+    uint32_t* const target = mail_.operand(d_, n, tile) + first_;
+    FASTRNN_UNROLL
+    for (int k = 0; k < kCount; ++k) {
+      uint32_t word = 0;
+      memcpy(&word, &numbers[k], sizeof(T));
+      if (F::kPerWord == 2) word |= block_.swap(word) << 16;
+      if (writes_) block_.store(target + k * gate_, Exchange::template not_reserved<T>(word));
+    }
   }
-}
+
+ private:
+  const Block& block_;
+  const Mailbox& mail_;
+  const int d_, first_, gate_;  // places of the thread's word of the first gate, of the gates
+  const bool writes_;
+};
 
 #include "grid_backward.inl"
 #include "grid_forward.inl"
@@ -87,7 +89,7 @@ struct Prepare {
 
   FASTRNN_FN void operator()(Thread thread) const {
     const Mailbox& mail = a.mailbox;
-    const int64_t words = a.D * mail.slots * mail.words_of_slot();
+    const int64_t words = int64_t{a.D} * mail.slots * mail.words_of_slot();
     if (thread.item < words) {
       const int64_t k_block = thread.item / kWordsOfBlock % mail.k_blocks % a.k_blocks_of_gate;
       const int64_t word = k_block * Fragment<float>::kRowWords + thread.item % Fragment<float>::kRowWords;
@@ -100,25 +102,55 @@ struct Prepare {
   }
 };
 
+template <class T>
+struct PackWeights {
+  PackWeightsArgs a;
+
+  FASTRNN_FN void operator()(Thread thread) const {
+    using F = Fragment<T>;
+    const WeightPlace place(thread.item, a.k_blocks, a.is_backward ? 1 : a.G);
+    const int blocks_of_gate = a.is_backward ? a.k_blocks / a.G : a.k_blocks;
+    const int gate = a.is_backward ? place.k_block / blocks_of_gate : place.output;
+    const int row = place.unit_block * kGridUnits + place.row;
+    const int k = place.k_block % blocks_of_gate * F::kBlock + place.word * F::kPerWord;
+    T numbers[2];
+    narrow(0.0f, numbers[0]), numbers[1] = numbers[0];
+    FASTRNN_UNROLL
+    for (int i = 0; i < F::kPerWord; ++i) {
+      if (row >= a.H || k + i >= a.H || place.k_block >= a.k_blocks) continue;
+      const int unit = a.is_backward ? k + i : row, column = a.is_backward ? row : k + i;
+      numbers[i] = at<T>(a.weight)[(int64_t{gate} * a.H + unit) * a.H + column];
+    }
+    uint32_t word;
+    memcpy(&word, numbers, sizeof word);
+    a.target[thread.item] = operand_of<T>(word);
+  }
+};
+
+// Calls f(a null pointer to the type) for the dtypes that grids have.
+template <class F>
+void with_grid_dtype(Dtype dtype, F f) {
+  if (dtype == Dtype::kFloat)
+    f(static_cast<float*>(nullptr));
+  else if (dtype == Dtype::kHalf)
+    f(static_cast<Half*>(nullptr));
+  else
+    f(static_cast<BFloat16*>(nullptr));
+}
+
 // Launches the instance of a kernel <Cell, T, Exchange> for these arguments.
 template <template <class, class, class> class Kernel, class Args>
 void launch_grid(const Args& a, Queue queue) {
-  const auto run = [&](auto* cell, auto* dtype) {
-    using Cell = std::remove_pointer_t<decltype(cell)>;
-    using T = std::remove_pointer_t<decltype(dtype)>;
-    const int64_t blocks = a.unit_blocks * a.row_groups;
-    if (a.flags)
-      launch_together(Kernel<Cell, T, FlagExchange>{a}, blocks, a.group_count, queue);
-    else
-      launch_together(Kernel<Cell, T, WordExchange>{a}, blocks, a.group_count, queue);
-  };
   with_cell(a.cell.cell, [&](auto* cell) {
-    if (a.cell.dtype == Dtype::kFloat)
-      run(cell, static_cast<float*>(nullptr));
-    else if (a.cell.dtype == Dtype::kHalf)
-      run(cell, static_cast<Half*>(nullptr));
-    else
-      run(cell, static_cast<BFloat16*>(nullptr));
+    with_grid_dtype(a.cell.dtype, [&](auto* dtype) {
+      using Cell = std::remove_pointer_t<decltype(cell)>;
+      using T = std::remove_pointer_t<decltype(dtype)>;
+      const int64_t blocks = int64_t{a.unit_blocks} * a.row_groups;
+      if (a.flags)
+        launch_together(Kernel<Cell, T, FlagExchange>{a}, blocks, a.group_count, queue);
+      else
+        launch_together(Kernel<Cell, T, WordExchange>{a}, blocks, a.group_count, queue);
+    });
   });
 }
 
@@ -129,8 +161,13 @@ const GridKernels& grid_kernels() {
       launch_grid<GridForward, GridForwardArgs>,
       launch_grid<GridBackward, GridBackwardArgs>,
       [](const PrepareArgs& a, Queue queue) {
-        const int64_t flags = a.mailbox.flags ? a.D * a.mailbox.tiles * a.mailbox.publications : 0;
-        launch(Prepare{a}, a.D * a.mailbox.slots * a.mailbox.words_of_slot() + 1 + flags, 1, queue);
+        const int64_t flags = a.mailbox.flags ? int64_t{a.D} * a.mailbox.tiles * a.mailbox.publications : 0;
+        launch(Prepare{a}, int64_t{a.D} * a.mailbox.slots * a.mailbox.words_of_slot() + 1 + flags, 1, queue);
+      },
+      [](const PackWeightsArgs& a, Queue queue) {
+        with_grid_dtype(a.dtype, [&](auto* dtype) {
+          launch(PackWeights<std::remove_pointer_t<decltype(dtype)>>{a}, a.words, 1, queue);
+        });
       },
   };
   return table;

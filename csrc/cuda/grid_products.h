@@ -9,6 +9,26 @@ namespace fastrnn::cuda {
 constexpr int kGridThreads = kWarp * kGridWarps;
 static_assert(kGridUnits == kProductRows && kBlockRows == kProductColumns, "a block has the rows of a product");
 
+// Where the words of packed weights belong, uint32 [unit blocks, warps, blocks of k of a warp, 2, outputs, 32, 4]: what
+// the thread of a fragment reads as one.
+struct WeightPlace {
+  int unit_block, k_block, output;
+  int row, word;  // of the block's 16 rows, of the row's 16 words in the block of k
+
+  FASTRNN_FN WeightPlace(int64_t item, int k_blocks, int outputs) {
+    const int i = static_cast<int>(item % 4), thread = static_cast<int>(item / 4 % kWarp);
+    item /= 4 * kWarp, output = static_cast<int>(item % outputs);
+    item /= outputs;
+    const int tile = static_cast<int>(item % 2), most = (k_blocks + kGridWarps - 1) / kGridWarps;
+    item /= 2, k_block = static_cast<int>(item % most) * kGridWarps;
+    item /= most, k_block += static_cast<int>(item % kGridWarps), unit_block = static_cast<int>(item / kGridWarps);
+    row = Lane(thread).weight_row(i), word = Lane(thread).weight_word(tile, i);
+  }
+  static constexpr int64_t words(int unit_blocks, int k_blocks, int outputs) {
+    return int64_t{unit_blocks} * ((k_blocks + kGridWarps - 1) / kGridWarps) * kGridWarps * 2 * outputs * kWarp * 4;
+  }
+};
+
 // kOutputs products of 16 rows of weights each; a warp takes blocks of k `warp`, warp + 8, ..., of which kResident stay
 // in its registers, the others in shared memory.
 template <class T, int kOutputs, int kResident>
@@ -17,6 +37,7 @@ class GridProducts {
   static constexpr int kBatch = kResident > 12 ? 2 : 4;        // blocks of k whose operands are read at a time
   static constexpr int kChains = kOutputs == 1 ? 4 : 1;        // sums of an output: no product waits for the one before
   static constexpr int kMoreWords = 2 * kOutputs * kWarp * 4;  // of a block of k in shared memory, for a warp
+  static constexpr int kStride = kGridWarps * kWordsOfBlock;   // of the blocks of k of a warp, in words
   static constexpr int kPartialFloats = kGridWarps * kOutputs * kSumsOfProduct;
 
   // Of shared memory: partial sums, twice, and behind them the weights that registers do not hold.
@@ -25,83 +46,76 @@ class GridProducts {
     return static_cast<size_t>(grid_sum_bytes(kOutputs) + grid_weight_bytes(kOutputs, kResident, k_blocks));
   }
 
-  FASTRNN_BLOCK_FN GridProducts(const Block& block, int64_t k_blocks, uint32_t* more)
+  FASTRNN_BLOCK_FN GridProducts(const Block& block, int k_blocks, uint32_t* more)
       : block_(block), lane_(block.thread()) {
-    count_ = static_cast<int>((k_blocks - lane_.warp + kGridWarps - 1) / kGridWarps);
-    const int more_count = static_cast<int>((k_blocks + kGridWarps - 1) / kGridWarps) - kResident;
+    count_ = (k_blocks - lane_.warp + kGridWarps - 1) / kGridWarps;
+    place_ = lane_.warp * kWordsOfBlock + lane_.operand_place();
+    most_ = (k_blocks + kGridWarps - 1) / kGridWarps;
+    const int more_count = most_ - kResident;
     more_ = more + lane_.warp * (more_count > 0 ? more_count : 0) * kMoreWords + block.thread() % kWarp * 4;
   }
 
-  // `get` gives the word of an output, a row of it, a block of k and a word there.
-  template <class Get>
-  FASTRNN_BLOCK_FN void load_weights(Get get) {
+  // From the weights of all blocks that share the units of a group, in the order of WeightPlace.
+  FASTRNN_BLOCK_FN void load_weights(const uint32_t* packed, int unit_block) {
+    const uint32_t* const mine =
+        packed + (static_cast<int64_t>(unit_block) * kGridWarps + lane_.warp) * (most_ * kMoreWords) + lane_place();
     FASTRNN_UNROLL
     for (int i = 0; i < kResident; ++i) FASTRNN_UNROLL
-    for (int tile = 0; tile < 2; ++tile) {
-      FASTRNN_UNROLL
-      for (int output = 0; output < kOutputs; ++output) load_fragment(get, i, tile, output, words_[i][tile][output]);
-      keep_order();  // not all loads at once: their addresses would take the registers that the weights are to have
+    for (int tile = 0; tile < 2; ++tile) FASTRNN_UNROLL
+    for (int output = 0; output < kOutputs; ++output) {
+      uint32_t (&words)[4] = words_[i][tile][output];
+      words[0] = words[1] = words[2] = words[3] = 0;
+      if (i < count_) take(words, mine + fragment(i, tile, output));
     }
-    for (int i = kResident; i < count_; ++i)
-      for (int tile = 0; tile < 2; ++tile)
-        for (int output = 0; output < kOutputs; ++output) {
-          uint32_t words[4];
-          load_fragment(get, i, tile, output, words);
-          uint32_t* const target = fragment_of_more(i, tile, output);
-          FASTRNN_UNROLL
-          for (int j = 0; j < 4; ++j) target[j] = words[j];
-        }
+    FASTRNN_ROLLED
+    for (int i = kResident * kFragments; i < count_ * kFragments; ++i)
+      four(more_ + (i - kResident * kFragments) * kFragmentWords) =
+          four(const_cast<uint32_t*>(mine) + i * kFragmentWords);
   }
 
-  // This warp's part of the products with publication n of a tile, whose blocks of k lie at `operand`.
+  // The operand of a thread, in batches of blocks of k: one is on its way while the products of the other run.
+  struct Operands {
+    uint32_t words[2][kBatch][4];
+  };
+
+  // Starts to read the first ones; the blocks of k of the publication lie at `operand`.
+  FASTRNN_BLOCK_FN void start(const uint32_t* operand, Operands& operands) const {
+    read(operand, 0, operands.words[0]);
+  }
+
+  // This warp's part of the products with publication n of a tile, that was started.
   template <class Exchange>
-  FASTRNN_BLOCK_FN void multiply(Exchange& exchange, const uint32_t* operand, int64_t n, int64_t tile, int64_t step,
-                                 float* partials) const {
-    const uint32_t* const mine = operand + lane_.warp * kWordsOfBlock + lane_.operand_place();
-    const auto source = [&](int i) { return mine + i * (kGridWarps * kWordsOfBlock); };
+  FASTRNN_BLOCK_FN void multiply(Exchange& exchange, const uint32_t* operand, int n, int tile, int step,
+                                 Operands& operands, float* partials) const {
     float sums[kOutputs][kChains][4] = {};
-    uint32_t operands[2][kBatch][4] = {};
-    const auto start = [&](int first, uint32_t (&of)[kBatch][4]) {
-      FASTRNN_UNROLL
-      for (int j = 0; j < kBatch; ++j)
-        if (first + j < count_) block_.load(source(first + j), of[j]);
-    };
-    const auto finish = [&](int i, uint32_t (&words)[4]) {
-      exchange.finish(source(i), step, words);
-      FASTRNN_UNROLL
-      for (int j = 0; j < 4; ++j) words[j] = operand_of<T>(words[j]);
-    };
-    exchange.wait(n, tile, step);
-    start(0, operands[0]);
+    if (Exchange::kWaitsFirst) {
+      exchange.wait(n, tile, step);
+      start(operand, operands);
+    }
     FASTRNN_UNROLL
     for (int first = 0; first < kResident; first += kBatch) {
-      uint32_t (&now)[kBatch][4] = operands[first / kBatch % 2];
-      start(first + kBatch, operands[1 - first / kBatch % 2]);  // while the products of these run
+      uint32_t (&now)[kBatch][4] = operands.words[first / kBatch % 2];
+      read(operand, first + kBatch, operands.words[1 - first / kBatch % 2]);  // while the products of these run
+      complete(exchange, operand, first, step, now);
       FASTRNN_UNROLL
-      for (int j = 0; j < kBatch; ++j) {
-        if (first + j >= count_) continue;
-        finish(first + j, now[j]);
-        FASTRNN_UNROLL
-        for (int half = 0; half < 2; ++half) FASTRNN_UNROLL
-        for (int output = 0; output < kOutputs; ++output)
-          product(sums[output][(2 * j + half) % kChains], words_[first + j][half][output], now[j], half);
-      }
+      for (int j = 0; j < kBatch; ++j)
+        if (first + j < count_)
+          block_products(now[j], (2 * j) % kChains, sums, [&](int half, int output, uint32_t (&weights)[4]) {
+            FASTRNN_UNROLL
+            for (int i = 0; i < 4; ++i) weights[i] = words_[first + j][half][output][i];
+          });
     }
-    uint32_t (&now)[kBatch][4] = operands[kResident / kBatch % 2];
+    uint32_t (&now)[kBatch][4] = operands.words[kResident / kBatch % 2];
+    FASTRNN_ROLLED
     for (int first = kResident; first < count_; first += kBatch) {
-      if (first > kResident) start(first, now);
+      complete(exchange, operand, first, step, now);
       FASTRNN_UNROLL
-      for (int j = 0; j < kBatch; ++j) {
-        if (first + j >= count_) continue;
-        finish(first + j, now[j]);
-        FASTRNN_UNROLL
-        for (int half = 0; half < 2; ++half) FASTRNN_UNROLL
-        for (int output = 0; output < kOutputs; ++output) {
-          uint32_t weights[4];
-          memcpy(weights, __builtin_assume_aligned(fragment_of_more(first + j, half, output), 16), sizeof weights);
-          product(sums[output][(2 * j + half) % kChains], weights, now[j], half);
-        }
-      }
+      for (int j = 0; j < kBatch; ++j)
+        if (first + j < count_)
+          block_products(now[j], (2 * j) % kChains, sums, [&](int half, int output, uint32_t (&weights)[4]) {
+            take(weights, more_ + fragment(first + j - kResident, half, output));
+          });
+      read(operand, first + kBatch, now);
     }
     exchange.end_reading(n);
     FASTRNN_UNROLL
@@ -127,27 +141,66 @@ class GridProducts {
   }
 
  private:
-  FASTRNN_FN int k_block(int i) const { return lane_.warp + i * kGridWarps; }
-  FASTRNN_FN uint32_t* fragment_of_more(int i, int tile, int output) const {
-    return more_ + (i - kResident) * kMoreWords + (tile * kOutputs + output) * kWarp * 4;
-  }
+  using Batch = uint32_t[kBatch][4];
 
-  template <class Get>
-  FASTRNN_BLOCK_FN void load_fragment(Get get, int i, int tile, int output, uint32_t (&words)[4]) const {
+  FASTRNN_FN const uint32_t* source(const uint32_t* operand, int i) const { return operand + place_ + i * kStride; }
+  FASTRNN_BLOCK_FN void read(const uint32_t* operand, int first, Batch& words) const {
     FASTRNN_UNROLL
-    for (int j = 0; j < 4; ++j)
-      words[j] =
-          i < count_ ? operand_of<T>(get(output, lane_.weight_row(j), k_block(i), lane_.weight_word(tile, j))) : 0;
+    for (int j = 0; j < kBatch; ++j)
+      if (first + j < count_) block_.load(source(operand, first + j), words[j]);
   }
-  FASTRNN_BLOCK_FN void product(float (&sums)[4], const uint32_t (&weights)[4], const uint32_t (&words)[4],
-                                int half) const {
-    const uint32_t operand[2] = {words[2 * half], words[2 * half + 1]};
-    cuda::multiply<T>(block_, sums, weights, operand);
+  // Goes on when all that was read is there.
+  template <class Exchange>
+  FASTRNN_BLOCK_FN void complete(Exchange& exchange, const uint32_t* operand, int first, int step, Batch& words) const {
+    for (int spins = 0;; ++spins) {
+      bool missing = false;
+      FASTRNN_UNROLL
+      for (int j = 0; j < kBatch; ++j) missing = missing || (first + j < count_ && exchange.is_missing(words[j]));
+      if (!missing || exchange.gives_up(spins, step)) break;
+      FASTRNN_UNROLL
+      for (int j = 0; j < kBatch; ++j)
+        if (first + j < count_ && exchange.is_missing(words[j])) block_.load(source(operand, first + j), words[j]);
+    }
+    FASTRNN_UNROLL
+    for (int j = 0; j < kBatch; ++j) {
+      exchange.taken(words[j]);
+      FASTRNN_UNROLL
+      for (int i = 0; i < 4; ++i) words[j][i] = operand_of<T>(words[j][i]);
+    }
   }
-
+  // The two products of a block of k for each output; `weights_of` gives their fragments.
+  template <class WeightsOf>
+  FASTRNN_BLOCK_FN void block_products(const uint32_t (&words)[4], int chain, float (&sums)[kOutputs][kChains][4],
+                                       WeightsOf weights_of) const {
+    FASTRNN_UNROLL
+    for (int half = 0; half < 2; ++half) FASTRNN_UNROLL
+    for (int output = 0; output < kOutputs; ++output) {
+      const uint32_t operand[2] = {words[2 * half], words[2 * half + 1]};
+      uint32_t weights[4];
+      weights_of(half, output, weights);
+      cuda::multiply<T>(block_, sums[output][(chain + half) % kChains], weights, operand);
+    }
+  }
+  static constexpr int kFragments = 2 * kOutputs, kFragmentWords = kWarp * 4;
+  static FASTRNN_FN int fragment(int i, int tile, int output) {
+    return ((i * 2 + tile) * kOutputs + output) * kFragmentWords;
+  }
+  FASTRNN_FN int lane_place() const { return (lane_.r * 4 + lane_.q) * 4; }
+  // 16 bytes at once.
+  static FASTRNN_FN Pack<uint32_t, 4>& four(uint32_t* words) {
+    check_alignment<uint32_t, 4>(words);
+    return *reinterpret_cast<Pack<uint32_t, 4>*>(words);
+  }
+  static FASTRNN_FN void take(uint32_t (&words)[4], const uint32_t* source) {
+    const Pack<uint32_t, 4> pack = four(const_cast<uint32_t*>(source));
+    FASTRNN_UNROLL
+    for (int i = 0; i < 4; ++i) words[i] = pack.unit[i];
+  }
   const Block& block_;
   const Lane lane_;
   int count_;       // blocks of k of this warp
+  int most_;        // of any warp
+  int place_;       // of the thread's words of the first of them
   uint32_t* more_;  // weights in shared memory, from this lane's words on
   uint32_t words_[kResident][2][kOutputs][4];
 };

@@ -16,8 +16,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FASTRNN_UNROLL _Pragma("unroll")  // arrays of registers need their loops unrolled
+#define FASTRNN_ROLLED _Pragma("unroll 1")
 #else
 #define FASTRNN_UNROLL
+#define FASTRNN_ROLLED
 #endif
 
 namespace fastrnn::cuda {

@@ -102,7 +102,8 @@ constexpr int64_t grid_sum_bytes(int64_t outputs) { return 2 * kGridWarps * outp
 
 // Publications of the mailbox that lie between two fences (exchange.h): of a fence of 0.2 us each of 8 has little. So
 // few where slots are large that the mailbox takes at most this of the L2 cache. Predicted, not measured.
-constexpr int64_t kMostWindow = 8, kLeastWindow = 2, kMostMailboxBytes = int64_t{16} << 20;
+constexpr int kMostWindow = 8, kLeastWindow = 2;
+constexpr int64_t kMostMailboxBytes = int64_t{16} << 20;
 
 struct GridPlan {
   int64_t unit_blocks, row_groups;  // blocks of a group: its units, times its rows
@@ -128,8 +129,8 @@ inline GridPlan grid_plan(const PlanShape& s) {
   return plan;
 }
 
-constexpr int64_t grid_window(int64_t bytes_of_slot) {
-  int64_t window = kMostWindow;
+constexpr int grid_window(int64_t bytes_of_slot) {
+  int window = kMostWindow;
   while (window > kLeastWindow && 2 * window * bytes_of_slot > kMostMailboxBytes) window /= 2;
   return window;
 }
@@ -159,6 +160,7 @@ inline std::string why_not_kernel(const std::string& name, const PlanShape& s) {
     if (s.item_bytes == 8) return "its products are those of bfloat16, float16 and TF32";
     if (s.item_bytes == 4 && !s.tf32)
       return "its products of float32 are those of TF32, which torch.backends.cuda.matmul does not allow";
+    if (s.T * s.B * s.D >= int64_t{1} << 31 || s.H >= 1 << 24) return "it counts rows in 31 bits";
     const GridPlan plan = grid_plan(s);
     if (plan.unit_blocks > s.gpu.multiprocessors)
       return "H=" + std::to_string(s.H) + ": its " + std::to_string(plan.unit_blocks) + " blocks of " +
@@ -233,7 +235,7 @@ inline Plan plan_pass(PlanShape s, const GpuFacts& gpu, const std::string& asked
   const int64_t rows = chunk_rows(s.T * s.B, s.B, s.D * cell.gates * s.H * s.compute_bytes);
   plan.chunk_steps = std::max<int64_t>(1, std::min(s.T, rows / std::max<int64_t>(s.B, 1)));
   const int64_t chunks = (s.T + plan.chunk_steps - 1) / plan.chunk_steps;
-  const int64_t copies = s.D > 1 || graph ? s.D : 0;  // of weight_hh: as one batch, or where a graph reads it
+  const int64_t copies = s.D > 1 || graph || grid ? s.D : 0;  // of weight_hh: as one batch, or where kernels read it
   // Of a chunk: the input products; all steps at once, graphs and their tables, or a product and a kernel each.
   const auto launches_of = [&](int64_t steps) {
     const int64_t programs = graph ? (steps + kProgramSteps - kFewSteps) / kProgramSteps : 0;

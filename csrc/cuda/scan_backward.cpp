@@ -65,12 +65,11 @@ class BackwardPass : StepPass<BackwardPass, BackwardTable> {
   // Kernels of all multiprocessors for all steps.
   void run_grid() {
     const Tensor dh = make(a.B, a.H, compute), dc = has_c ? make(a.B, a.H, compute) : Tensor();
-    Tensor weight, offsets;
-    fill_batch(weight, a.weight_hh, G * a.H, a.H, storage);
+    Tensor offsets;
     now.cell.dh = dh.mutable_data_ptr(), now.cell.dc = has_c ? dc.mutable_data_ptr() : nullptr;
     GridBackwardArgs args{};
-    args.cell = now.cell, args.steps = steps_on_device(offsets), args.weight_hh = weight.const_data_ptr();
-    GridSetup(plan, on, G).launch(args, a.T, on.grid.backward);
+    args.cell = now.cell, args.steps = steps_on_device(offsets);
+    GridSetup(plan, on, a.dtype, a.weight_hh, true).launch(args, a.T, on.grid.backward);
   }
 
   StepRows rows_at(int64_t step, int reverse) const {

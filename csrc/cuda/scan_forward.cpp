@@ -81,13 +81,12 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
   // Kernels of all multiprocessors for the steps of a chunk.
   void run_grid() {
     const Tensor h = make(a.B, a.P, storage);
-    Tensor weight, offsets;
-    fill_batch(weight, a.weight_hh, G * a.H, a.H, storage);
+    Tensor offsets;
     now.cell.h = h.mutable_data_ptr();
     enter();
-    GridSetup setup(plan, on, 1);
+    GridSetup setup(plan, on, a.dtype, a.weight_hh, false);
     GridForwardArgs args{};
-    args.cell = now.cell, args.steps = steps_on_device(offsets), args.weight_hh = weight.const_data_ptr();
+    args.cell = now.cell, args.steps = steps_on_device(offsets);
     for (int64_t first = 0; first < a.T; first = args.end) {
       args.first = first, args.end = input_products(first);
       std::copy(chunk_begin_, chunk_begin_ + 2, args.gates_begin);

@@ -8,12 +8,11 @@ struct Backward {
     using S = Compute<T>;
     const int64_t H = a.H / kUnits, b = thread.item / H, j = thread.item % H * kUnits, d = thread.group;
     const StepRows rows = a.rows_of(d);
-    const BackwardCell<Cell, T, kUnits> cell{a, rows, d, b, j};
+    const BackwardCell<Cell, T, kUnits> cell(a, rows, {d, b, j});
     const bool is_active = b < rows.count;
-    if (!is_active && !cell.continues()) return;
+    if (!is_active && !cell.continues) return;
     S product[kUnits] = {};
-    if (a.projected || cell.continues())
-      load<S, kUnits>(at<S>(a.product) + (d * a.product_rows + b) * a.H + j, product);
+    if (a.projected || cell.continues) load<S, kUnits>(at<S>(a.product) + (d * a.product_rows + b) * a.H + j, product);
     if (!is_active) return cell.leave(product);
     const auto given = cell.fetch();
     const auto result = cell.compute(given, product);

@@ -45,12 +45,12 @@ struct Forward {
     const int64_t H = a.H / kUnits, b = thread.item / H, j = thread.item % H * kUnits, d = thread.group;
     const StepRows rows = a.rows_of(d);
     if (b >= rows.count) return;
-    const ForwardCell<Cell, T, kUnits> cell{a, rows, d, b, j};
+    const ForwardCell<Cell, T, kUnits> cell(a, rows, {d, b, j});
     const auto given = cell.fetch();
     S r[G][kUnits];
     FASTRNN_UNROLL
     for (int k = 0; k < G; ++k) load<S, kUnits>(at<S>(a.product) + ((d * a.product_rows + b) * G + k) * a.H + j, r[k]);
-    cell.store(cell.compute(given, cell.bias(), r));
+    cell.store(cell.compute(given, cell.bias(a, cell), r));
   }
   static constexpr int kWidth = kUnits;
   static bool is_aligned(const ForwardArgs&) { return true; }  // all of its arrays are our own
