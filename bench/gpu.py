@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command (`make gpu` builds before it): probe, check, time.
 
-    python -m bench.gpu [--stage probe check time] [--json FILE] [--deadline SECONDS] [--rehearse]
+    python -m bench.gpu [--stage probe check time tune] [--json FILE] [--deadline S] [--rehearse]
 
     probe   what decides the protocol of persistent kernels (bench/gpu_probe.cu)
     check   tests/gpu
@@ -8,6 +8,7 @@
             and captured in a CUDA graph, and the libraries of bench/gpu_rivals.py that are
             installed; cells in the order of their importance; what breaks the rule of
             fastrnn.parity is not timed
+    tune    persistent-grid on more and fewer multiprocessors, with either exchange
 
 The file is written after every cell; a cell that it holds already is not measured again.  At the
 deadline the run ends with what it has.  --rehearse goes through all of it on a machine without a
@@ -31,7 +32,7 @@ import torch
 
 import fastrnn
 from bench.environment import environment
-from bench.gpu_cells import cells, measure
+from bench.gpu_cells import OURS, TUNED, cells, measure, tuning_cells
 from bench.rows import Row, save
 
 try:
@@ -40,7 +41,7 @@ except ImportError:  # images for GPUs may not have it, and have no network
     tqdm = None
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("probe", "check", "time")
+STAGES = ("probe", "check", "time", "tune")
 PROBE_SECONDS, CHECK_SECONDS = 60.0, 200.0  # at most
 
 
@@ -151,27 +152,38 @@ def say(text: str) -> None:
 
 
 def time_cells(run: Run) -> bool:
+    return measure_all(run, "time", cells(run.rehearse), OURS)
+
+
+def tune(run: Run) -> bool:
+    return measure_all(run, "tune", tuning_cells(run.rehearse), TUNED)
+
+
+def measure_all(
+    run: Run, stage: str, chosen: list[dict[str, Any]], asked: dict[str, dict[str, str]]
+) -> bool:
     good = True
-    for cell in progress(cells(run.rehearse)):
-        if run.has("time", cell):
+    for cell in progress(chosen):
+        if run.has(stage, cell):
             continue
         if run.left() < 5:
-            say("time: the deadline; run again with the same file to go on")
+            say(f"{stage}: the deadline; run again with the same file to go on")
             break
         try:
-            row = measure(cell, run.device)
+            row = measure(cell, run.device, asked)
         except RuntimeError as error:  # out of memory, or what a library cannot do
             text = str(error).strip().splitlines()[0]
             row = cell | {"parity": {"ok": False, "worst": text}, "results": {}}
         good = good and row["parity"]["ok"]
-        run.add({"stage": "time", **row})
+        run.add({"stage": stage, **row})
         say(line(row))
     return good
 
 
 @contextlib.contextmanager
 def machine(rehearse: bool) -> Iterator[None]:
-    """A GPU, float32 exact for both libraries; or its kernels on the host."""
+    """A GPU, float32 exact for both libraries where a cell does not say tf32; or its kernels on the
+    host."""
     if not rehearse:
         flags = torch.backends.cuda.matmul, torch.backends.cudnn
         before = [flag.allow_tf32 for flag in flags]
@@ -205,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("there is no GPU here; --rehearse goes through it without one")
     run = Run(options)
-    stages = {"probe": probe, "check": check, "time": time_cells}
+    stages = {"probe": probe, "check": check, "time": time_cells, "tune": tune}
     failed = []
     with machine(options.rehearse):
         for name in options.stage:

@@ -18,13 +18,31 @@ from bench.gpu_rivals import RIVALS
 from bench.rows import Row
 from fastrnn.parity import Comparison, compare
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+    "tf32": torch.float32,  # as torch's flags allow it
+}  # fmt: skip
 T = 256
 ROUNDS, SECONDS = 9, 0.15  # of a contender in a cell
 GRAPH = "captured"  # by us, in the names of contenders
-# Names of fastrnn, and the kernels that are asked for: the first one runs every cell.
-OURS = {"fastrnn": "step"}
-OURS |= {f"fastrnn {kernel}": kernel for kernel in ("step-graph", "persistent-block")}
+GRID = {"FASTRNN_CUDA_KERNEL": "persistent-grid"}
+# Names of fastrnn, and what is asked for by variables: the first one runs every cell.
+OURS = {
+    "fastrnn": {"FASTRNN_CUDA_KERNEL": "step"},
+    "fastrnn step-graph": {"FASTRNN_CUDA_KERNEL": "step-graph"},
+    "fastrnn persistent-block": {"FASTRNN_CUDA_KERNEL": "persistent-block"},
+    "fastrnn persistent-grid": GRID | {"FASTRNN_GRID_EXCHANGE": "words"},
+    "fastrnn persistent-grid flags": GRID | {"FASTRNN_GRID_EXCHANGE": "flags"},
+}
+CAPTURED = ("torch.nn", "fastrnn", "fastrnn persistent-block", "fastrnn persistent-grid")
+# The same of a grid, on more and fewer multiprocessors.
+TUNED = {
+    f"{exchange}, {most or 'all'} SMs": GRID | {
+        "FASTRNN_GRID_EXCHANGE": exchange, "FASTRNN_MAX_SMS": most,
+    }
+    for most in ("", "96", "64", "32")
+    for exchange in ("words", "flags")
+}  # fmt: skip
 
 
 def cells(rehearse: bool) -> list[dict[str, Any]]:
@@ -54,7 +72,7 @@ def cells(rehearse: bool) -> list[dict[str, Any]]:
     ]
     third = [
         cell(kind, dtype, B, H, mode)
-        for dtype in ("float16", "float32", "bfloat16")
+        for dtype in ("float16", "tf32", "float32", "bfloat16")
         for H in (512, 128, 64, 1024, 2048, 256)
         for B in (32, 8, 1, 128)
         for kind in ("LSTM", "GRU", "RNN")
@@ -67,17 +85,29 @@ def cells(rehearse: bool) -> list[dict[str, Any]]:
     return chosen[:6] if rehearse else chosen
 
 
+def tuning_cells(rehearse: bool) -> list[dict[str, Any]]:
+    """Where the number of blocks, and the way in which they tell each other, may matter most."""
+    chosen = [
+        cell for cell in cells(rehearse)
+        if cell["dtype"] == "bfloat16" and cell["cell"] != "RNN" and cell["layers"] == 1
+        and not cell["bidirectional"] and not cell["packed"]
+        and (rehearse or (cell["H"] in (256, 512, 1024) and cell["B"] > 1))
+    ]  # fmt: skip
+    return chosen[:2] if rehearse else chosen
+
+
 class Workload:
-    """A cell's layer of a library, its input and what a call computes; kernel: asked of fastrnn."""
+    """A cell's layer of a library, its input and what a call computes; asked: of fastrnn, by
+    variables."""
 
     def __init__(
         self, cell: dict[str, Any], layer: nn.Module, dtype: torch.dtype, device: str,
-        kernel: str = "",
+        asked: dict[str, str] | None = None,
     ) -> None:
         B, steps, H = cell["B"], cell["T"], cell["H"]
         torch.manual_seed(1)
         low = DTYPES[cell["dtype"]]
-        self.kernel = kernel
+        self.asked = asked or {}
         self.training = cell["mode"] == "training"
         self.layer = layer.to(low).to(device, dtype).train(self.training)
         self.x = torch.randn(steps, B, H).to(low).to(device, dtype).requires_grad_(self.training)
@@ -87,12 +117,12 @@ class Workload:
         self.cotangent: Tensor | None = None
 
     def __call__(self) -> dict[str, Tensor]:
-        before = os.environ.get("FASTRNN_CUDA_KERNEL", "")
-        os.environ["FASTRNN_CUDA_KERNEL"] = self.kernel
+        before = {name: os.environ.get(name, "") for name in self.asked}
+        os.environ.update(self.asked)
         try:
             return self.results()
         finally:
-            os.environ["FASTRNN_CUDA_KERNEL"] = before
+            os.environ.update(before)
 
     def results(self) -> dict[str, Tensor]:
         x: Any = self.x
@@ -170,8 +200,10 @@ def kernel_names(call: Callable[[], Any]) -> dict[str, int]:
     return {event.key[:120]: event.count for event in profile.key_averages()}
 
 
-def workloads(cell: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, Workload]:
-    """torch.nn and fastrnn with the same weights; fastrnn once for each kernel there is."""
+def workloads(
+    cell: dict[str, Any], dtype: torch.dtype, device: str, asked: dict[str, dict[str, str]]
+) -> dict[str, Workload]:
+    """torch.nn and fastrnn with the same weights; fastrnn once for each name."""
     torch.manual_seed(0)
     sizes = {"num_layers": cell["layers"], "bidirectional": cell["bidirectional"]}
     theirs = getattr(nn, cell["cell"])(cell["H"], cell["H"], **sizes)
@@ -179,8 +211,8 @@ def workloads(cell: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str
     ours.load_state_dict(theirs.state_dict())
     # On a GPU torch.nn's weights are one array, as cuDNN wants them; moving the layer does that.
     found = {"torch.nn": Workload(cell, theirs, dtype, device)}
-    for name, kernel in OURS.items():
-        found[name] = Workload(cell, copy.deepcopy(ours), dtype, device, kernel)
+    for name, variables in asked.items():
+        found[name] = Workload(cell, copy.deepcopy(ours), dtype, device, variables)
     return found
 
 
@@ -202,15 +234,19 @@ def rivals(cell: dict[str, Any], device: str) -> tuple[dict[str, Workload], dict
     return found, skipped
 
 
-def measure(cell: dict[str, Any], device: str) -> Row:
-    """Check a cell by the rule, and time it."""
+def measure(
+    cell: dict[str, Any], device: str, asked: dict[str, dict[str, str]] = OURS
+) -> Row:
+    """Check a cell by the rule, and time it; asked: names of fastrnn that take part."""
+    for flags in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        flags.allow_tf32 = cell["dtype"] == "tf32"
     on_gpu, low = device == "cuda", DTYPES[cell["dtype"]]
-    contenders = workloads(cell, low, device)
-    exact = workloads(cell, torch.float64, device)["torch.nn"]()
+    contenders = workloads(cell, low, device, asked)
+    exact = workloads(cell, torch.float64, device, {})["torch.nn"]()
     same = contenders["torch.nn"]()
     worst = None
     row: Row = cell | {"results": {}, "skipped": {}}
-    for name in OURS:
+    for name in asked:
         try:
             found = contenders[name]()
         except RuntimeError as error:
@@ -222,18 +258,21 @@ def measure(cell: dict[str, Any], device: str) -> Row:
         for verdict in compare(found, same, exact):
             if worst is None or severity(verdict) > severity(worst):
                 worst = verdict
-    assert worst is not None
+    if worst is None:  # nothing of ours can run it
+        row["parity"] = {"ok": True, "worst": "not run"}
+        return row
     row["parity"] = {"ok": worst.ok, "worst": str(worst)}
     del exact
     if not worst.ok:
         return row
-    others, skipped = rivals(cell, device)
-    contenders |= others
-    row["skipped"] |= skipped
+    if asked is OURS:
+        others, skipped = rivals(cell, device)
+        contenders |= others
+        row["skipped"] |= skipped
     calls: dict[str, Callable[[], Any]] = dict(contenders)
-    if on_gpu:
+    if on_gpu and asked is OURS:
         row["gpu_kernels"] = {name: kernel_names(call) for name, call in contenders.items()}
-        for name in ("torch.nn", "fastrnn", "fastrnn persistent-block"):
+        for name in CAPTURED:
             if name not in contenders:
                 continue
             try:

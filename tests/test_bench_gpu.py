@@ -47,6 +47,14 @@ def test_a_wrong_cell_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert all(not row["results"] for row in json.loads(file.read_text()))
 
 
+def test_grids_are_tuned(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    assert gpu.main(["--rehearse", "--stage", "tune", "--json", str(file)]) == 0
+    for row in json.loads(file.read_text()):
+        assert row["stage"] == "tune"
+        assert set(row["results"]) == {"torch.nn", *gpu_cells.TUNED}
+
+
 def test_the_deadline_ends_it(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     arguments = ["--rehearse", "--stage", "time", "--deadline", "1", "--json", str(file)]
@@ -66,4 +74,5 @@ def test_the_grid_covers_what_is_claimed() -> None:
     assert len(cells) == len({json.dumps(cell) for cell in cells})
     assert {cell["H"] for cell in cells} == {64, 128, 256, 512, 1024, 2048}
     assert any(cell["packed"] for cell in cells)
+    assert {cell["dtype"] for cell in cells} == set(gpu_cells.DTYPES)
     assert any(cell["bidirectional"] for cell in cells)

@@ -25,8 +25,11 @@ class Block {
   __device__ int64_t index() const { return blockIdx.x; }
   __device__ int64_t group() const { return blockIdx.y; }
   __device__ void sync() const { __syncthreads(); }
-  // The word that the other thread of a pair gives, 2i and 2i + 1: all threads of a warp take part.
-  __device__ uint32_t swap(uint32_t word) const { return __shfl_xor_sync(0xFFFFFFFFu, word, 1); }
+  // The word that the other thread of a pair gives, `apart` (a power of two) from it: all threads of a warp take part.
+  // This, and a product, orders no memory.
+  __device__ uint32_t swap(uint32_t word, int apart = 1) const { return __shfl_xor_sync(0xFFFFFFFFu, word, apart); }
+  // A barrier of a warp, for its shared memory.
+  __device__ void sync_warp() const { __syncwarp(); }
 
   // Four words at a multiple of 16 bytes.
   __device__ void load(const uint32_t* source, uint32_t (&words)[4]) const {
@@ -70,7 +73,8 @@ class Block {
   virtual int64_t index() const = 0;
   virtual int64_t group() const = 0;
   virtual void sync() const = 0;
-  virtual uint32_t swap(uint32_t word) const = 0;
+  virtual uint32_t swap(uint32_t word, int apart = 1) const = 0;
+  virtual void sync_warp() const = 0;
   virtual void load(const uint32_t* source, uint32_t (&words)[4]) const = 0;
   virtual void store(uint32_t* target, uint32_t word) const = 0;
   virtual void fence() const = 0;

@@ -4,8 +4,8 @@
 #include <cstdlib>
 
 #include "gemm.h"
-#include "plan.h"
 #include "program.h"
+#include "sizes.h"
 
 namespace fastrnn::cuda {
 namespace {

@@ -1,12 +1,13 @@
 // The backward kernel of grid_kernels.inl, which includes this file.
 
-template <class Cell, class T, class Exchange>
+template <class Cell, class Numbers, class Exchange>
 struct GridBackward {
   static constexpr int kThreads = kGridThreads;
   static constexpr int G = Cell::kGates;
-  using Products = GridProducts<T, 1, kGridBlocks * G>;
+  using T = StorageOf<Numbers>;
+  using Products = GridProducts<T, 1, kGridBlocks<Numbers> * G, CoreOf<Numbers, 1>>;
   using Publish = Publisher<T, G>;
-  using CellStep = BackwardCell<Cell, T, 1, Quick, int>;  // TF32 has no more bits than numbers of 16
+  using CellStep = BackwardCell<Cell, T, 1, GridValue<Numbers>, int>;
   GridBackwardArgs args;
 
   size_t shared_bytes() const { return Products::shared_bytes(args.mailbox.k_blocks); }

@@ -1,12 +1,13 @@
 // The forward kernel of grid_kernels.inl, which includes this file.
 
-template <class Cell, class T, class Exchange>
+template <class Cell, class Numbers, class Exchange>
 struct GridForward {
   static constexpr int kThreads = kGridThreads;
   static constexpr int G = Cell::kGates;
-  using Products = GridProducts<T, G, kGridBlocks>;
+  using T = StorageOf<Numbers>;
+  using Products = GridProducts<T, G, kGridBlocks<Numbers>, CoreOf<Numbers, G>>;
   using Publish = Publisher<T, 1>;
-  using CellStep = ForwardCell<Cell, T, 1, Quick, int>;  // TF32 has no more bits than numbers of 16
+  using CellStep = ForwardCell<Cell, T, 1, GridValue<Numbers>, int>;
   GridForwardArgs args;
 
   size_t shared_bytes() const { return Products::shared_bytes(args.mailbox.k_blocks); }

@@ -15,6 +15,7 @@ struct GridArgs {
   int64_t weight_words;
   Mailbox mailbox;               // ready (grid_kernels().prepare)
   bool flags;                    // FlagExchange, not WordExchange
+  bool exact;                    // float as it is, not TF32
   int unit_blocks;               // blocks that share the units of a group
   int row_groups;                // of blocks: tile i of 8 rows belongs to row group i % row_groups
   int first_group, group_count;  // the groups that take part
@@ -42,6 +43,7 @@ struct PrepareArgs {
 // weight_hh of a group, in the order in which the threads of blocks take it (grid_products.h).
 struct PackWeightsArgs {
   Dtype dtype;
+  bool exact;          // as in GridArgs
   bool is_backward;    // transposed: rows are units of h, k the units of one gate after the other
   const void* weight;  // Storage [G, H, H]
   uint32_t* target;

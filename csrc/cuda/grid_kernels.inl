@@ -24,6 +24,18 @@
 namespace fastrnn::cuda {
 namespace {
 
+// What multiplies numbers of T. Exact: float as it is.
+struct Exact {};
+template <class T, int kOutputs>
+using CoreOf = std::conditional_t<std::is_same_v<T, Exact>, ExactCore<kOutputs>, TensorCore<T, kOutputs>>;
+template <class T>
+using StorageOf = std::conditional_t<std::is_same_v<T, Exact>, float, T>;
+template <class T>
+constexpr int kGridBlocks = grid_blocks(std::is_same_v<T, Exact>);  // of k, of a warp and a gate, in registers
+// TF32 has no more bits than numbers of 16.
+template <class T>
+using GridValue = std::conditional_t<std::is_same_v<T, Exact>, float, Quick>;
+
 // Which units and rows a block, and a thread, has.
 struct GridPlace {
   int d, unit_block, row_group;
@@ -102,8 +114,10 @@ struct Prepare {
   }
 };
 
-template <class T>
+template <class Numbers>
 struct PackWeights {
+  using T = StorageOf<Numbers>;
+  using Core = CoreOf<Numbers, 1>;
   PackWeightsArgs a;
 
   FASTRNN_FN void operator()(Thread thread) const {
@@ -111,8 +125,9 @@ struct PackWeights {
     const WeightPlace place(thread.item, a.k_blocks, a.is_backward ? 1 : a.G);
     const int blocks_of_gate = a.is_backward ? a.k_blocks / a.G : a.k_blocks;
     const int gate = a.is_backward ? place.k_block / blocks_of_gate : place.output;
-    const int row = place.unit_block * kGridUnits + place.row;
-    const int k = place.k_block % blocks_of_gate * F::kBlock + place.word * F::kPerWord;
+    const int row = place.unit_block * kGridUnits + Core::weight_row(place.thread, place.half, place.i);
+    const int k =
+        place.k_block % blocks_of_gate * F::kBlock + Core::weight_word(place.thread, place.half, place.i) * F::kPerWord;
     T numbers[2];
     narrow(0.0f, numbers[0]), numbers[1] = numbers[0];
     FASTRNN_UNROLL
@@ -123,14 +138,16 @@ struct PackWeights {
     }
     uint32_t word;
     memcpy(&word, numbers, sizeof word);
-    a.target[thread.item] = operand_of<T>(word);
+    a.target[thread.item] = Core::weight(word);
   }
 };
 
-// Calls f(a null pointer to the type) for the dtypes that grids have.
+// Calls f(a null pointer to the type) for the numbers that grids have.
 template <class F>
-void with_grid_dtype(Dtype dtype, F f) {
-  if (dtype == Dtype::kFloat)
+void with_numbers(Dtype dtype, bool exact, F f) {
+  if (dtype == Dtype::kFloat && exact)
+    f(static_cast<Exact*>(nullptr));
+  else if (dtype == Dtype::kFloat)
     f(static_cast<float*>(nullptr));
   else if (dtype == Dtype::kHalf)
     f(static_cast<Half*>(nullptr));
@@ -142,7 +159,7 @@ void with_grid_dtype(Dtype dtype, F f) {
 template <template <class, class, class> class Kernel, class Args>
 void launch_grid(const Args& a, Queue queue) {
   with_cell(a.cell.cell, [&](auto* cell) {
-    with_grid_dtype(a.cell.dtype, [&](auto* dtype) {
+    with_numbers(a.cell.dtype, a.exact, [&](auto* dtype) {
       using Cell = std::remove_pointer_t<decltype(cell)>;
       using T = std::remove_pointer_t<decltype(dtype)>;
       const int64_t blocks = int64_t{a.unit_blocks} * a.row_groups;
@@ -165,7 +182,7 @@ const GridKernels& grid_kernels() {
         launch(Prepare{a}, int64_t{a.D} * a.mailbox.slots * a.mailbox.words_of_slot() + 1 + flags, 1, queue);
       },
       [](const PackWeightsArgs& a, Queue queue) {
-        with_grid_dtype(a.dtype, [&](auto* dtype) {
+        with_numbers(a.dtype, a.exact, [&](auto* dtype) {
           launch(PackWeights<std::remove_pointer_t<decltype(dtype)>>{a}, a.words, 1, queue);
         });
       },

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "exchange.h"
-#include "machine.h"
+#include "grid_cores.h"
 
 namespace fastrnn::cuda {
 
@@ -10,19 +10,19 @@ constexpr int kGridThreads = kWarp * kGridWarps;
 static_assert(kGridUnits == kProductRows && kBlockRows == kProductColumns, "a block has the rows of a product");
 
 // Where the words of packed weights belong, uint32 [unit blocks, warps, blocks of k of a warp, 2, outputs, 32, 4]: what
-// the thread of a fragment reads as one.
+// a thread reads as one.
 struct WeightPlace {
   int unit_block, k_block, output;
-  int row, word;  // of the block's 16 rows, of the row's 16 words in the block of k
+  int thread, half, i;  // of the warp, of the words of the block of k, of these four: the core knows which they are
 
   FASTRNN_FN WeightPlace(int64_t item, int k_blocks, int outputs) {
-    const int i = static_cast<int>(item % 4), thread = static_cast<int>(item / 4 % kWarp);
+    i = static_cast<int>(item % 4), thread = static_cast<int>(item / 4 % kWarp);
     item /= 4 * kWarp, output = static_cast<int>(item % outputs);
     item /= outputs;
-    const int tile = static_cast<int>(item % 2), most = (k_blocks + kGridWarps - 1) / kGridWarps;
+    half = static_cast<int>(item % 2);
+    const int most = (k_blocks + kGridWarps - 1) / kGridWarps;
     item /= 2, k_block = static_cast<int>(item % most) * kGridWarps;
     item /= most, k_block += static_cast<int>(item % kGridWarps), unit_block = static_cast<int>(item / kGridWarps);
-    row = Lane(thread).weight_row(i), word = Lane(thread).weight_word(tile, i);
   }
   static constexpr int64_t words(int unit_blocks, int k_blocks, int outputs) {
     return int64_t{unit_blocks} * ((k_blocks + kGridWarps - 1) / kGridWarps) * kGridWarps * 2 * outputs * kWarp * 4;
@@ -31,23 +31,29 @@ struct WeightPlace {
 
 // kOutputs products of 16 rows of weights each; a warp takes blocks of k `warp`, warp + 8, ..., of which kResident stay
 // in its registers, the others in shared memory.
-template <class T, int kOutputs, int kResident>
+template <class T, int kOutputs, int kResident, class Core>
 class GridProducts {
  public:
-  static constexpr int kBatch = kResident > 12 ? 2 : 4;        // blocks of k whose operands are read at a time
-  static constexpr int kChains = kOutputs == 1 ? 4 : 1;        // sums of an output: no product waits for the one before
-  static constexpr int kMoreWords = 2 * kOutputs * kWarp * 4;  // of a block of k in shared memory, for a warp
-  static constexpr int kStride = kGridWarps * kWordsOfBlock;   // of the blocks of k of a warp, in words
+  static constexpr bool kIsStaged = Core::kStageWords > 0;
+  static constexpr int kBatch = kIsStaged || kResident > 12 ? 2 : 4;  // blocks of k whose operands are read at a time
+  static constexpr int kMoreWords = 2 * kOutputs * kWarp * 4;         // of a block of k in shared memory, for a warp
+  static constexpr int kStride = kGridWarps * kWordsOfBlock;          // of the blocks of k of a warp, in words
   static constexpr int kPartialFloats = kGridWarps * kOutputs * kSumsOfProduct;
 
-  // Of shared memory: partial sums, twice, and behind them the weights that registers do not hold.
+  // Of shared memory: partial sums, twice; operands where the core wants them; the weights that registers do not hold.
+  static constexpr int kStageWords = kGridWarps * kBatch * Core::kStageWords;
   static size_t shared_bytes(int64_t k_blocks) {
     static_assert(2 * kPartialFloats * 4 == grid_sum_bytes(kOutputs), "the plan knows it");
-    return static_cast<size_t>(grid_sum_bytes(kOutputs) + grid_weight_bytes(kOutputs, kResident, k_blocks));
+    static_assert(kStageWords * 4 == (kIsStaged ? kGridStageBytes : 0), "the plan knows it");
+    return static_cast<size_t>(grid_sum_bytes(kOutputs) + kStageWords * 4 +
+                               grid_weight_bytes(kOutputs, kResident, k_blocks));
   }
 
-  FASTRNN_BLOCK_FN GridProducts(const Block& block, int k_blocks, uint32_t* more)
+  // `memory` is behind the partial sums.
+  FASTRNN_BLOCK_FN GridProducts(const Block& block, int k_blocks, uint32_t* memory)
       : block_(block), lane_(block.thread()) {
+    stage_ = memory + lane_.warp * kBatch * Core::kStageWords;
+    uint32_t* const more = memory + kStageWords;
     count_ = (k_blocks - lane_.warp + kGridWarps - 1) / kGridWarps;
     place_ = lane_.warp * kWordsOfBlock + lane_.operand_place();
     most_ = (k_blocks + kGridWarps - 1) / kGridWarps;
@@ -61,11 +67,11 @@ class GridProducts {
         packed + (static_cast<int64_t>(unit_block) * kGridWarps + lane_.warp) * (most_ * kMoreWords) + lane_place();
     FASTRNN_UNROLL
     for (int i = 0; i < kResident; ++i) FASTRNN_UNROLL
-    for (int tile = 0; tile < 2; ++tile) FASTRNN_UNROLL
+    for (int half = 0; half < 2; ++half) FASTRNN_UNROLL
     for (int output = 0; output < kOutputs; ++output) {
-      uint32_t (&words)[4] = words_[i][tile][output];
+      uint32_t (&words)[4] = words_[i][half][output];
       words[0] = words[1] = words[2] = words[3] = 0;
-      if (i < count_) take(words, mine + fragment(i, tile, output));
+      if (i < count_) take(words, mine + fragment(i, half, output));
     }
     FASTRNN_ROLLED
     for (int i = kResident * kFragments; i < count_ * kFragments; ++i)
@@ -87,7 +93,7 @@ class GridProducts {
   template <class Exchange>
   FASTRNN_BLOCK_FN void multiply(Exchange& exchange, const uint32_t* operand, int n, int tile, int step,
                                  Operands& operands, float* partials) const {
-    float sums[kOutputs][kChains][4] = {};
+    Core core;
     if (Exchange::kWaitsFirst) {
       exchange.wait(n, tile, step);
       start(operand, operands);
@@ -96,39 +102,31 @@ class GridProducts {
     for (int first = 0; first < kResident; first += kBatch) {
       uint32_t (&now)[kBatch][4] = operands.words[first / kBatch % 2];
       read(operand, first + kBatch, operands.words[1 - first / kBatch % 2]);  // while the products of these run
-      complete(exchange, operand, first, step, now);
+      complete(exchange, core, operand, first, step, now);
       FASTRNN_UNROLL
       for (int j = 0; j < kBatch; ++j)
-        if (first + j < count_)
-          block_products(now[j], (2 * j) % kChains, sums, [&](int half, int output, uint32_t (&weights)[4]) {
-            FASTRNN_UNROLL
-            for (int i = 0; i < 4; ++i) weights[i] = words_[first + j][half][output][i];
-          });
+        if (first + j < count_) core.multiply(block_, lane_, j, now[j], words_[first + j], stage_of(j));
     }
     uint32_t (&now)[kBatch][4] = operands.words[kResident / kBatch % 2];
     FASTRNN_ROLLED
     for (int first = kResident; first < count_; first += kBatch) {
-      complete(exchange, operand, first, step, now);
+      complete(exchange, core, operand, first, step, now);
       FASTRNN_UNROLL
-      for (int j = 0; j < kBatch; ++j)
-        if (first + j < count_)
-          block_products(now[j], (2 * j) % kChains, sums, [&](int half, int output, uint32_t (&weights)[4]) {
-            take(weights, more_ + fragment(first + j - kResident, half, output));
-          });
+      for (int j = 0; j < kBatch; ++j) {
+        if (first + j >= count_) continue;
+        WeightWords<kOutputs> weights;
+        FASTRNN_UNROLL
+        for (int half = 0; half < 2; ++half) FASTRNN_UNROLL
+        for (int output = 0; output < kOutputs; ++output)
+          take(weights[half][output], more_ + fragment(first + j - kResident, half, output));
+        core.multiply(block_, lane_, j, now[j], weights, stage_of(j));
+      }
       read(operand, first + kBatch, now);
     }
     exchange.end_reading(n);
     FASTRNN_UNROLL
-    for (int output = 0; output < kOutputs; ++output) {
-      float* const place = partials + (lane_.warp * kOutputs + output) * kSumsOfProduct;
-      FASTRNN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float sum = sums[output][0][i];
-        FASTRNN_UNROLL
-        for (int chain = 1; chain < kChains; ++chain) sum += sums[output][chain][i];
-        place[sum_place(lane_.sum_row(i), lane_.sum_column(i))] = sum;
-      }
-    }
+    for (int output = 0; output < kOutputs; ++output)
+      core.write(block_, lane_, output, partials + (lane_.warp * kOutputs + output) * kSumsOfProduct);
   }
 
   // The whole sum of an output, when all warps have come to a barrier.
@@ -149,9 +147,11 @@ class GridProducts {
     for (int j = 0; j < kBatch; ++j)
       if (first + j < count_) block_.load(source(operand, first + j), words[j]);
   }
-  // Goes on when all that was read is there.
+  FASTRNN_FN uint32_t* stage_of(int j) const { return stage_ + j * Core::kStageWords; }
+  // Goes on when all that was read is there, and where the core wants it.
   template <class Exchange>
-  FASTRNN_BLOCK_FN void complete(Exchange& exchange, const uint32_t* operand, int first, int step, Batch& words) const {
+  FASTRNN_BLOCK_FN void complete(Exchange& exchange, const Core& core, const uint32_t* operand, int first, int step,
+                                 Batch& words) const {
     for (int spins = 0;; ++spins) {
       bool missing = false;
       FASTRNN_UNROLL
@@ -161,31 +161,19 @@ class GridProducts {
       for (int j = 0; j < kBatch; ++j)
         if (first + j < count_ && exchange.is_missing(words[j])) block_.load(source(operand, first + j), words[j]);
     }
+    if (kIsStaged) block_.sync_warp();  // nobody reads the batch before
     FASTRNN_UNROLL
     for (int j = 0; j < kBatch; ++j) {
       exchange.taken(words[j]);
-      FASTRNN_UNROLL
-      for (int i = 0; i < 4; ++i) words[j][i] = operand_of<T>(words[j][i]);
+      core.stage(block_, lane_, words[j], stage_of(j));
     }
-  }
-  // The two products of a block of k for each output; `weights_of` gives their fragments.
-  template <class WeightsOf>
-  FASTRNN_BLOCK_FN void block_products(const uint32_t (&words)[4], int chain, float (&sums)[kOutputs][kChains][4],
-                                       WeightsOf weights_of) const {
-    FASTRNN_UNROLL
-    for (int half = 0; half < 2; ++half) FASTRNN_UNROLL
-    for (int output = 0; output < kOutputs; ++output) {
-      const uint32_t operand[2] = {words[2 * half], words[2 * half + 1]};
-      uint32_t weights[4];
-      weights_of(half, output, weights);
-      cuda::multiply<T>(block_, sums[output][(chain + half) % kChains], weights, operand);
-    }
+    if (kIsStaged) block_.sync_warp();
   }
   static constexpr int kFragments = 2 * kOutputs, kFragmentWords = kWarp * 4;
-  static FASTRNN_FN int fragment(int i, int tile, int output) {
-    return ((i * 2 + tile) * kOutputs + output) * kFragmentWords;
+  static FASTRNN_FN int fragment(int i, int half, int output) {
+    return ((i * 2 + half) * kOutputs + output) * kFragmentWords;
   }
-  FASTRNN_FN int lane_place() const { return (lane_.r * 4 + lane_.q) * 4; }
+  FASTRNN_BLOCK_FN int lane_place() const { return lane_of(block_.thread()) * 4; }
   // 16 bytes at once.
   static FASTRNN_FN Pack<uint32_t, 4>& four(uint32_t* words) {
     check_alignment<uint32_t, 4>(words);
@@ -198,11 +186,12 @@ class GridProducts {
   }
   const Block& block_;
   const Lane lane_;
-  int count_;       // blocks of k of this warp
-  int most_;        // of any warp
-  int place_;       // of the thread's words of the first of them
-  uint32_t* more_;  // weights in shared memory, from this lane's words on
-  uint32_t words_[kResident][2][kOutputs][4];
+  int count_;        // blocks of k of this warp
+  int most_;         // of any warp
+  int place_;        // of the thread's words of the first of them
+  uint32_t* stage_;  // of this warp
+  uint32_t* more_;   // weights in shared memory, from this thread's words on
+  WeightWords<kOutputs> words_[kResident];
 };
 
 }  // namespace fastrnn::cuda

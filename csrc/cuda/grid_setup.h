@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "grid_products.h"
-#include "plan.h"
 #include "scan_cuda.h"
+#include "sizes.h"
 
 namespace fastrnn::cuda {
 
@@ -28,7 +28,8 @@ class GridSetup {
   GridSetup(const PlanShape& shape, const Context& context, Dtype dtype, const void* const* weights, bool is_backward)
       : s_(shape), on_(context), plan_(grid_plan(shape)), gates_(is_backward ? G() : 1) {
     PackWeightsArgs args{};
-    args.dtype = dtype, args.is_backward = is_backward, args.G = G(), args.H = static_cast<int>(s_.H);
+    args.dtype = dtype, args.exact = s_.is_exact(), args.is_backward = is_backward, args.G = G(),
+    args.H = static_cast<int>(s_.H);
     args.k_blocks = gates_ * k_blocks_of_gate();
     args.words = weight_words_ =
         WeightPlace::words(static_cast<int>(plan_.unit_blocks), args.k_blocks, is_backward ? 1 : G());
@@ -44,7 +45,7 @@ class GridSetup {
   void launch(Args& args, int64_t publications, void (*kernel)(const Args&, Queue)) {
     prepare(publications);
     args.weights = static_cast<const uint32_t*>(weights_.const_data_ptr()), args.weight_words = weight_words_;
-    args.mailbox = mailbox_, args.flags = on_.asked.flags;
+    args.mailbox = mailbox_, args.flags = on_.asked.flags, args.exact = s_.is_exact();
     args.unit_blocks = static_cast<int>(plan_.unit_blocks), args.row_groups = static_cast<int>(plan_.row_groups);
     for (int64_t first = 0; first < s_.D; first += plan_.groups) {
       args.first_group = static_cast<int>(first);

@@ -9,7 +9,7 @@
 #include <string>
 #include <type_traits>
 
-#include "plan.h"
+#include "sizes.h"
 #include "step_kernels.h"
 
 #if defined(__CUDACC__)

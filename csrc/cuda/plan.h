@@ -1,139 +1,53 @@
-// Which kernels run a pass on a GPU, and how: a pure function of shape and device, which asks no device. Every number
-// that was chosen stands here.
+// Which kernels run a pass on a GPU, and why: a pure function of shape and device, which asks no device.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "../cells.h"
+#include "sizes.h"
 
 namespace fastrnn::cuda {
 
-// What a plan needs to know of a GPU.
-struct GpuFacts {
-  const char* name;
-  int major, minor;  // compute capability
-  int multiprocessors;
-  int64_t shared_bytes, register_bytes;  // of a multiprocessor, as much as one block may have
+// Microseconds of a time step of all groups, by a model of the H200 (1.9 GHz) that nobody has measured yet: FMA of the
+// tensor cores 1235 a cycle and multiprocessor in products of 8 columns (TF32: half; float as it is, without them:
+// 128), 24 bytes a cycle of the L2 cache and 128 of shared memory, which overlap but for a third of the shorter; 650
+// cycles from a store to another multiprocessor's sight, 60 of a barrier; 15 % for what is forgotten. Of a step of a
+// product and a kernel: two launches of 2.5 us, or the weights at 5.5 TB/s, the products at 450 TFLOP/s, the gates
+// at 3.5 TB/s.
+struct Prediction {
+  const PlanShape& s;
+  const double G = kCells[static_cast<int>(s.cell)].gates, H = static_cast<double>(s.H);
+  const double bytes = static_cast<double>(s.item_bytes);
+
+  static double both(double a, double b) { return std::max(a, b) + 0.35 * std::min(a, b); }
+  static double cells(double count) { return 90 + count * 5 / 16 + count / 128 * 12; }
+  static double us(double cycles) { return 1.15 * cycles / 1900; }
+
+  double step() const {
+    const double rows = static_cast<double>(s.B * s.D), weights = static_cast<double>(s.D * s.weight_bytes());
+    const double product = std::max(weights / 5.5e6, 2 * G * H * H * rows / 450e6);
+    return std::max(5.0, 1.8 + 0.9 + product + 0.5 + rows * H * (8 * G + 16) / 3.5e6);
+  }
+  double block() const {
+    const double blocks = static_cast<double>((s.B + kBlockRows - 1) / kBlockRows * s.D);
+    const double turns = std::max(1.0, std::ceil(blocks / s.gpu.multiprocessors));
+    const double products = both(G * H * H * kBlockRows / 1235, 8 * H * kBlockRows * bytes / 128);
+    return turns * us(products + 100 + cells(H * kBlockRows));
+  }
+  double grid() const {
+    const GridPlan plan = grid_plan(s);
+    const double gates = s.is_backward ? G : 1;  // of the operand
+    const double tiles = std::ceil(static_cast<double>(plan.tiles) / static_cast<double>(plan.row_groups));
+    const double fma = s.is_exact() ? 128 : s.item_bytes == 4 ? 1235 / 2 : 1235;
+    const double products = both(G * kGridUnits * H * kBlockRows / fma, gates * H * kBlockRows * bytes / 24);
+    const double sums = 80 + 64 * (s.is_backward ? 1 : G);
+    const double turns = std::ceil(static_cast<double>(s.D) / static_cast<double>(plan.groups));
+    return turns * us(650 + tiles * (products + 60 + sums + cells(kGridUnits * kBlockRows)));
+  }
+  // -1: nothing is predicted.
+  double of(const std::string& kernel) const {
+    if (kernel == "step") return step();
+    if (kernel == "persistent-block") return block();
+    return kernel == "persistent-grid" ? grid() : -1;
+  }
 };
-
-constexpr GpuFacts kGpus[] = {
-    {"a100", 8, 0, 108, 163 << 10, 256 << 10},  {"l40s", 8, 9, 142, 99 << 10, 256 << 10},
-    {"h100", 9, 0, 132, 227 << 10, 256 << 10},  {"h200", 9, 0, 132, 227 << 10, 256 << 10},
-    {"b200", 10, 0, 148, 227 << 10, 256 << 10},
-};
-
-// What kernels of blocks need to know of the GPU that they are to run on.
-struct GpuLimits {
-  int major = 9, multiprocessors = 132;  // multiprocessors: those that may be used
-  int64_t shared_bytes = 227 << 10;      // of a block
-};
-
-struct PlanShape {
-  CellId cell;
-  int64_t T, B, I, H, D;
-  int64_t item_bytes, compute_bytes;  // of an element of Storage and of Compute
-  int64_t P;                          // size of h: H, or of its projection
-  bool tf32 = false;                  // products of float may be those of TF32
-  GpuLimits gpu{};
-
-  int64_t weight_bytes() const { return kCells[static_cast<int>(cell)].gates * H * P * item_bytes; }  // weight_hh
-};
-
-constexpr int kBlockRows = 8;       // of a batch, in a block that runs all steps: the columns of a product
-constexpr int kBlockThreads = 256;  // of every gate kernel: at up to 80 registers a thread, three blocks at a time
-constexpr int64_t kMostBlocks = 2147483647, kMostGroups = 65535;  // of a grid, in x and y
-
-// Of input products that are there at a time: enough rows for a product at full speed, little beside what training
-// keeps.
-#if !defined(FASTRNN_CHUNK_BYTES)
-#define FASTRNN_CHUNK_BYTES (int64_t{64} << 20)
-#endif
-constexpr int64_t kChunkBytes = FASTRNN_CHUNK_BYTES;
-
-// Steps that a program (csrc/cuda/program.h) runs: a launch for all of them, of which the last ones of a pass may have
-// nothing to do. Where fewer than half are left they run one by one.
-#if !defined(FASTRNN_PROGRAM_STEPS)
-#define FASTRNN_PROGRAM_STEPS 16
-#endif
-constexpr int kProgramSteps = FASTRNN_PROGRAM_STEPS;
-constexpr int kFewSteps = (kProgramSteps + 1) / 2;
-// Programs that are kept, and bytes of the memory that they work on.
-constexpr size_t kMostPrograms = 64;
-constexpr int64_t kMostProgramBytes = int64_t{256} << 20;
-// weight_hh of all groups, up to which a step is so short that its launches matter: reading as much takes 10 to 20 us.
-constexpr int64_t kMostProgramWeights = int64_t{32} << 20;
-
-// Neighbouring units of a thread: 16 bytes of Compute, so that loads are whole; one where H is no multiple of that.
-constexpr int units_per_thread(int64_t H, int64_t compute_bytes) {
-  const int most = compute_bytes == 8 ? 2 : 4;
-  return H % most == 0 ? most : 1;
-}
-
-// Rows of input products that are there at a time, for each group: at least those of one step.
-constexpr int64_t chunk_rows(int64_t rows, int64_t B, int64_t row_bytes) {
-  return std::max(B, std::min(rows, kChunkBytes / std::max<int64_t>(row_bytes, 1)));
-}
-
-// H up to which one block keeps weight_hh, of any cell, in its registers: 4 gates of 128 units take half of them.
-constexpr int64_t kMostBlockUnits = 128;
-
-// Tiles of 16 units, and warps, of such a block. Pairs of units move at once: of an odd H, or in arrays of a caller
-// that begin at an odd element, they do not, for which there is the larger block alone.
-constexpr int block_tiles(int64_t H, bool pairs) { return pairs && H <= 64 ? 4 : 8; }
-
-// persistent-grid: a block has 16 units (the rows of a product) and a tile of 8 rows at a time; its 8 warps share k in
-// blocks of 32, or of 16 of float, of which each keeps the weights of 4 in its registers (128 of 255 of LSTM), those
-// behind in shared memory.
-constexpr int kGridUnits = 16, kGridWarps = 8, kGridBlocks = 4;
-constexpr int64_t grid_k_blocks(int64_t H, int64_t item_bytes) {
-  const int64_t k = item_bytes == 4 ? 16 : 32;
-  return (H + k - 1) / k;
-}
-// Shared memory: partial sums [2, warps, outputs, 128], then weights [warps, blocks of k, 2 products, outputs, 32, 4].
-constexpr int64_t grid_weight_bytes(int64_t outputs, int64_t resident, int64_t k_blocks) {
-  const int64_t most = (k_blocks + kGridWarps - 1) / kGridWarps;
-  return (most > resident ? most - resident : 0) * kGridWarps * 2 * outputs * 512;
-}
-constexpr int64_t grid_sum_bytes(int64_t outputs) { return 2 * kGridWarps * outputs * 512; }
-
-// Publications of the mailbox that lie between two fences (exchange.h): of a fence of 0.2 us each of 8 has little. So
-// few where slots are large that the mailbox takes at most this of the L2 cache. Predicted, not measured.
-constexpr int kMostWindow = 8, kLeastWindow = 2;
-constexpr int64_t kMostMailboxBytes = int64_t{16} << 20;
-
-struct GridPlan {
-  int64_t unit_blocks, row_groups;  // blocks of a group: its units, times its rows
-  int64_t groups;                   // at a time
-  int64_t tiles;                    // of 8 rows
-  int64_t shared_bytes;             // of a block, of the pass that takes more
-
-  int64_t blocks() const { return unit_blocks * row_groups * groups; }
-};
-
-inline GridPlan grid_plan(const PlanShape& s) {
-  const int64_t G = kCells[static_cast<int>(s.cell)].gates, k_blocks = grid_k_blocks(s.H, s.item_bytes);
-  GridPlan plan{};
-  plan.unit_blocks = (s.H + kGridUnits - 1) / kGridUnits;
-  plan.tiles = (s.B + kBlockRows - 1) / kBlockRows;
-  const int64_t room = std::max<int64_t>(1, s.gpu.multiprocessors / plan.unit_blocks);
-  plan.groups = std::min(s.D, room);
-  const int64_t most = std::max<int64_t>(1, std::min(plan.tiles, room / plan.groups));
-  const int64_t each = (plan.tiles + most - 1) / most;  // tiles of a row group
-  plan.row_groups = (plan.tiles + each - 1) / std::max<int64_t>(each, 1);
-  plan.shared_bytes = std::max(grid_sum_bytes(G) + grid_weight_bytes(G, kGridBlocks, k_blocks),
-                               grid_sum_bytes(1) + grid_weight_bytes(1, kGridBlocks * G, G * k_blocks));
-  return plan;
-}
-
-constexpr int grid_window(int64_t bytes_of_slot) {
-  int window = kMostWindow;
-  while (window > kLeastWindow && 2 * window * bytes_of_slot > kMostMailboxBytes) window /= 2;
-  return window;
-}
 
 constexpr const char* kKernels[] = {"step", "step-graph", "persistent-block", "persistent-grid"};
 
@@ -157,9 +71,7 @@ inline std::string why_not_kernel(const std::string& name, const PlanShape& s) {
   if (name == "persistent-grid") {
     if (s.gpu.major < 8) return "it needs a GPU of compute capability 8.0";
     if (s.P != s.H) return "it has no projection";
-    if (s.item_bytes == 8) return "its products are those of bfloat16, float16 and TF32";
-    if (s.item_bytes == 4 && !s.tf32)
-      return "its products of float32 are those of TF32, which torch.backends.cuda.matmul does not allow";
+    if (s.item_bytes == 8) return "it has no float64";
     if (s.T * s.B * s.D >= int64_t{1} << 31 || s.H >= 1 << 24) return "it counts rows in 31 bits";
     const GridPlan plan = grid_plan(s);
     if (plan.unit_blocks > s.gpu.multiprocessors)
@@ -181,12 +93,14 @@ inline std::string why_not_asked(const std::string& asked, const PlanShape& s) {
 }
 
 // The kernel of a pass: the one that is asked for, which can run it; of "auto" the best one that is proven on GPUs,
-// with `persistent` also of those that are not yet.
+// with `persistent` also of those that are not yet, by what is predicted of them.
 inline std::string choose_kernel(const std::string& asked, bool persistent, const PlanShape& s) {
   if (asked != "auto") return asked;
+  const Prediction predicted{s};
+  std::string best = "step";
   for (const char* kernel : {"persistent-block", "persistent-grid"})
-    if (persistent && why_not_kernel(kernel, s).empty()) return kernel;
-  return "step";
+    if (persistent && why_not_kernel(kernel, s).empty() && predicted.of(kernel) < predicted.of(best)) best = kernel;
+  return best;
 }
 
 struct Plan {
@@ -219,12 +133,22 @@ inline Plan plan_pass(PlanShape s, const GpuFacts& gpu, const std::string& asked
                            " units in a block, which runs all steps of " +
                            (on_grid.row_groups > 1 ? "a part of the rows" : "all rows")
                      : "one matrix product and one gate kernel per time step take any shape and dtype";
-  plan.why += asked == plan.kernel ? "; asked for" : "";
+  const Prediction predicted{s};
+  const auto time_of = [&](const std::string& kernel) {
+    const double us = predicted.of(kernel);
+    return us < 0 ? std::string() : "; predicted " + std::to_string(us).substr(0, us < 10 ? 4 : 5) + " us a step";
+  };
+  plan.why += time_of(plan.kernel) + (asked == plan.kernel ? "; asked for" : "");
   if (graph && s.T < kFewSteps) plan.why += "; a pass of fewer than " + std::to_string(kFewSteps) + " has none";
   for (const char* other : kKernels) {
     if (other == plan.kernel) continue;
     std::string reason = why_not_kernel(other, s);
-    if (reason.empty()) reason = plan.kernel == asked ? plan.kernel + " is asked for" : "not measured yet";
+    if (reason.empty())
+      reason = (plan.kernel == asked            ? plan.kernel + " is asked for"
+                : persistent && other[0] == 'p' ? "slower, not measured yet"
+                : std::string(other) == "step"  ? "slower"
+                                                : "not measured yet") +
+               time_of(other);
     plan.against.push_back(std::string(other) + ": " + reason);
   }
   plan.units = block ? 2 : grid ? 1 : units_per_thread(s.H, s.compute_bytes);

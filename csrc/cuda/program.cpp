@@ -4,7 +4,7 @@
 #include <unordered_map>
 #include <utility>
 
-#include "plan.h"
+#include "sizes.h"
 
 namespace fastrnn::cuda {
 namespace {

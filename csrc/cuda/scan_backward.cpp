@@ -6,7 +6,7 @@ namespace {
 class BackwardPass : StepPass<BackwardPass, BackwardTable> {
  public:
   BackwardPass(const ScanBackwardArgs& args, const Context& context)
-      : StepPass(args, context.step.backward, context), a(args) {}
+      : StepPass(args, context.step.backward, context, true), a(args) {}
 
   void run() {
     BackwardArgs& cell = now.cell;

@@ -5,7 +5,8 @@ namespace {
 
 class ForwardPass : StepPass<ForwardPass, ForwardTable> {
  public:
-  ForwardPass(const ScanArgs& args, const Context& context) : StepPass(args, context.step.forward, context), a(args) {}
+  ForwardPass(const ScanArgs& args, const Context& context)
+      : StepPass(args, context.step.forward, context, false), a(args) {}
 
   void run() {
     const Tensor c = has_c ? make(a.B, a.H, compute) : Tensor();

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "../scan.h"
-#include "plan.h"
+#include "sizes.h"
 
 namespace fastrnn::cuda {
 

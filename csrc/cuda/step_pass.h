@@ -27,7 +27,7 @@ struct Operands {
 template <class Derived, class Table>
 class StepPass {
  protected:
-  StepPass(const ScanShape& shape, const PassKernels<Table>& pass_kernels, const Context& context)
+  StepPass(const ScanShape& shape, const PassKernels<Table>& pass_kernels, const Context& context, bool is_backward)
       : s(shape),
         kernels(pass_kernels),
         on(context),
@@ -40,7 +40,7 @@ class StepPass {
     fill(now.projection);
     check_report(on.report);
     plan = {s.cell, s.T, s.B, 0, s.H, s.D, item_size(storage), item_size(compute), s.P};
-    plan.gpu = on.gpu;
+    plan.gpu = on.gpu, plan.is_backward = is_backward;
     plan.tf32 = s.dtype == Dtype::kFloat && wants_tf32() && on.recorder && on.recorder->allows_tf32();
     const std::string reason = why_not_asked(on.asked.kernel, plan);
     STD_TORCH_CHECK(reason.empty(), "fastrnn: FASTRNN_CUDA_KERNEL=", on.asked.kernel, " cannot be met: ", reason);

@@ -127,11 +127,12 @@ class HostBlock : public Block {
     thread.sums = sums, thread.a = a, thread.b = b, thread.operand = operand;
     wait(Waits::kProduct);
   }
-  uint32_t swap(uint32_t word) const override {
-    self().word = word;
+  uint32_t swap(uint32_t word, int apart) const override {
+    self().word = word, self().apart = apart;
     wait(Waits::kSwap);
     return self().word;
   }
+  void sync_warp() const override { swap(0, 0); }
 
   void load(const uint32_t* source, uint32_t (&words)[4]) const override {
     if (reinterpret_cast<uintptr_t>(source) % 16 != 0)
@@ -164,6 +165,7 @@ class HostBlock : public Block {
     const uint32_t *a, *b;
     Operand operand;
     uint32_t word;
+    int apart;
     int64_t changes = -1, pauses = 0;
   };
 
@@ -206,13 +208,22 @@ class HostBlock : public Block {
       if (count(Waits::kProduct, first) == kWarp)
         multiply_warp(first);
       else if (count(Waits::kSwap, first) == kWarp)
-        for (int i = first; i < first + kWarp; i += 2)
-          std::swap(threads_[static_cast<size_t>(i)].word, threads_[static_cast<size_t>(i + 1)].word);
+        swap_warp(first);
       else
         break;
       release(first, kWarp);
     }
     if (count(Waits::kPause, first) == 0 && count(Waits::kProduct, first) + count(Waits::kSwap, first) != 0) in_vain();
+  }
+
+  // Words go to the partners; all threads of the warp mean the same ones.
+  void swap_warp(int first) {
+    const int apart = threads_[static_cast<size_t>(first)].apart;
+    for (int i = first; i < first + kWarp; ++i) {
+      if (threads_[static_cast<size_t>(i)].apart != apart) in_vain();
+      if ((i & apart) == 0)
+        std::swap(threads_[static_cast<size_t>(i)].word, threads_[static_cast<size_t>(i + apart)].word);
+    }
   }
 
   static void enter(void* argument) {

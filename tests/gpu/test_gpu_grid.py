@@ -67,13 +67,27 @@ def test_sizes(device: str, cell: str, dtype: str, case: Case) -> None:
     check_identical(problem.run(fastrnn, device=device), first)
 
 
-@pytest.mark.usefixtures("_tf32")
-@pytest.mark.parametrize("case", CASES + LONG + SIZES, ids=lambda case: case.id)
+SOME_IDS = {
+    "base", "T1", "H1", "H17", "H77", "H150-B9", "all", "saturated", "packed-all", "no-grad",
+}  # fmt: skip
+SOME = [case for case in CASES if case.id in SOME_IDS] + LONG + SIZES
+
+
+@pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
 @pytest.mark.parametrize("cell", PLAIN_CELLS)
-def test_tf32(device: str, exchange: str, cell: str, case: Case) -> None:
+def test_float32(device: str, cell: str, case: Case) -> None:
+    """As it is, where torch does not allow TF32."""
+    problem, torch_same, ref64 = expected(cell, case, torch.float32, device)
+    first = problem.run(fastrnn, device=device)
+    check(first, torch_same, ref64)
+    check_identical(problem.run(fastrnn, device=device), first)
+
+
+@pytest.mark.usefixtures("_tf32")
+@pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
+@pytest.mark.parametrize("cell", PLAIN_CELLS)
+def test_tf32(device: str, cell: str, case: Case) -> None:
     """float32 whose products have the mantissa of float16: held to what the rule allows there."""
-    if exchange == "flags" and case in CASES:
-        return  # the numbers are those of the words
     problem, half, ref64 = expected(cell, case, torch.float16, device)
     first = problem.run(fastrnn, torch.float32, device=device)
     allowed = {c.name: c.allowed for c in compare(half, half, ref64)}
@@ -82,9 +96,13 @@ def test_tf32(device: str, exchange: str, cell: str, case: Case) -> None:
     check_identical(problem.run(fastrnn, torch.float32, device=device), first)
 
 
-@pytest.mark.usefixtures("_tf32")
-def test_both_exchanges_have_the_same_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for dtype in (torch.bfloat16, torch.float32):
+@pytest.mark.parametrize("tf32", [False, True])
+def test_both_exchanges_have_the_same_bits(
+    device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tf32: bool
+) -> None:
+    if tf32:
+        request.getfixturevalue("_tf32")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         layer = fastrnn.LSTM(5, 40, bidirectional=True).to(device, dtype)
         x = torch.randn(30, 20, 5, device=device, dtype=dtype)
         found = []
@@ -117,13 +135,16 @@ def gradients(layer: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-@pytest.mark.parametrize("size", [(8, 256), (64, 512), (16, 1024), (2, 2048)])
-def test_large(device: str, name: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("size", [(8, 256), (64, 512), (16, 896), (2, 2048)])
+def test_large(device: str, name: str, dtype: str, size: tuple[int, int]) -> None:
     """Weights that registers do not hold, and many blocks: against float64, by torch.nn's error."""
     B, H = size
+    if dtype == "float32" and H > 1024:
+        return  # does not fit
     case = Case(f"B{B}-H{H}", "", T=33, B=B, I=64, H=H)
     cell = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}[name]
-    problem, torch_same, ref64 = expected(cell, case, torch.bfloat16, device)
+    problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
     check(problem.run(fastrnn, device=device), torch_same, ref64)
 
 
