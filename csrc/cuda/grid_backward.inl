@@ -30,7 +30,7 @@ struct GridBackward {
     const int last = a.dh0 || a.dc0 ? -1 : 0;  // -1: the gradients of the initial states
     for (int step = end - 1; step >= last; --step) {
       const int n = end - 1 - step;
-      rows.row = steps.row(time(step)), rows.count_next = steps.count(time(step + 1));
+      rows.row = step >= 0 ? steps.row(time(step)) : 0, rows.count_next = steps.count(time(step + 1));
       rows.count_before = steps.count(time(step - 1));
       rows.row_before = rows.count_before > 0 ? steps.row(time(step - 1)) : 0;
       int half = 1;  // of the block, which has the cells of a tile

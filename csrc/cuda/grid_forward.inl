@@ -31,7 +31,7 @@ struct GridForward {
     int parity = 0;
     for (int step = first - 1; step < end; ++step) {  // before the first one it publishes the states
       const int n = step - first + 1;
-      rows.row = steps.row(time(step)), rows.gates_row = rows.row - args.gates_begin[reversed];
+      if (step >= first) rows.row = steps.row(time(step)), rows.gates_row = rows.row - args.gates_begin[reversed];
       rows.count_next = steps.count(time(step + 1));
       int half = 1;  // of the block, which has the cells of a tile
       for (int tile = place.row_group; tile < mail.tiles; tile += args.row_groups) {

@@ -75,8 +75,10 @@ SOME = [case for case in CASES if case.id in SOME_IDS] + LONG + SIZES
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
 @pytest.mark.parametrize("cell", PLAIN_CELLS)
-def test_float32(device: str, cell: str, case: Case) -> None:
+def test_float32(device: str, exchange: str, cell: str, case: Case) -> None:
     """As it is, where torch does not allow TF32."""
+    if exchange == "flags" and case.id != "tiles-5":
+        return  # the bits of the words, as below
     problem, torch_same, ref64 = expected(cell, case, torch.float32, device)
     first = problem.run(fastrnn, device=device)
     check(first, torch_same, ref64)
@@ -86,8 +88,10 @@ def test_float32(device: str, cell: str, case: Case) -> None:
 @pytest.mark.usefixtures("_tf32")
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
 @pytest.mark.parametrize("cell", PLAIN_CELLS)
-def test_tf32(device: str, cell: str, case: Case) -> None:
+def test_tf32(device: str, exchange: str, cell: str, case: Case) -> None:
     """float32 whose products have the mantissa of float16: held to what the rule allows there."""
+    if exchange == "flags" and case.id != "tiles-5":
+        return
     problem, half, ref64 = expected(cell, case, torch.float16, device)
     first = problem.run(fastrnn, torch.float32, device=device)
     allowed = {c.name: c.allowed for c in compare(half, half, ref64)}
@@ -98,13 +102,16 @@ def test_tf32(device: str, cell: str, case: Case) -> None:
 
 @pytest.mark.parametrize("tf32", [False, True])
 def test_both_exchanges_have_the_same_bits(
-    device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tf32: bool
-) -> None:
+    device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, exchange: str,
+    tf32: bool,
+) -> None:  # fmt: skip
+    if exchange == "flags":
+        return  # it asks for both
     if tf32:
         request.getfixturevalue("_tf32")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         layer = fastrnn.LSTM(5, 40, bidirectional=True).to(device, dtype)
-        x = torch.randn(30, 20, 5, device=device, dtype=dtype)
+        x = torch.randn(20, 12, 5, device=device, dtype=dtype)
         found = []
         for name in ("words", "flags"):
             monkeypatch.setenv("FASTRNN_GRID_EXCHANGE", name)
@@ -122,7 +129,7 @@ def test_schedules(device: str, cell: str) -> None:
     case = Case("schedules", "", bidirectional=True, H=40, lengths=(40, 40, 33, 20, 20, 9, 3, 2, 1))
     problem = expected(cell, case, torch.bfloat16, device)[0]
     first = problem.run(fastrnn, device=device)
-    for seed in range(int(os.environ.get("FASTRNN_SCHEDULES", "12"))):
+    for seed in range(int(os.environ.get("FASTRNN_SCHEDULES", "5"))):
         cuda_on_host.schedule(seed)
         check_identical(problem.run(fastrnn, device=device), first)
 
