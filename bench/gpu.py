@@ -50,6 +50,8 @@ def line(row: Row) -> str:
     options += [f"L={row['layers']}"] if row["layers"] > 1 else []
     head = f"{row['cell']:<4} {row['dtype']:<8} {row['mode']:<9} "
     head += f"T={row['T']} B={row['B']} H={row['H']}"
+    if row["parity"]["ok"] is None:
+        return f"{head} {' '.join(options)}  not run"
     if not row["parity"]["ok"]:
         return f"{head} {' '.join(options)}  RED, not timed: {row['parity']['worst']}"
     per_step = {n: 1e6 * r["median"] / row["T"] for n, r in row["results"].items()}
@@ -174,7 +176,7 @@ def measure_all(
         except RuntimeError as error:  # out of memory, or what a library cannot do
             text = str(error).strip().splitlines()[0]
             row = cell | {"parity": {"ok": False, "worst": text}, "results": {}}
-        good = good and row["parity"]["ok"]
+        good = good and row["parity"]["ok"] is not False
         run.add({"stage": stage, **row})
         say(line(row))
     return good
@@ -184,23 +186,21 @@ def measure_all(
 def machine(rehearse: bool) -> Iterator[None]:
     """A GPU, float32 exact for both libraries where a cell does not say tf32; or its kernels on the
     host."""
-    if not rehearse:
-        flags = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = [flag.allow_tf32 for flag in flags]
-        for flag in flags:
-            flag.allow_tf32 = False
-        try:
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        if not rehearse:
             with fastrnn.use_backend("native"):
                 yield
-        finally:
-            for flag, value in zip(flags, before, strict=True):
-                flag.allow_tf32 = value
-        return
-    sys.path.insert(0, str(ROOT / "tests"))
-    import cuda_on_host
+            return
+        sys.path.insert(0, str(ROOT / "tests"))
+        import cuda_on_host
 
-    with cuda_on_host.on_host_kernels():
-        yield
+        with cuda_on_host.on_host_kernels():
+            yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

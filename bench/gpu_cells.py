@@ -259,7 +259,7 @@ def measure(
             if worst is None or severity(verdict) > severity(worst):
                 worst = verdict
     if worst is None:  # nothing of ours can run it
-        row["parity"] = {"ok": True, "worst": "not run"}
+        row["parity"] = {"ok": None, "worst": "not run"}
         return row
     row["parity"] = {"ok": worst.ok, "worst": str(worst)}
     del exact

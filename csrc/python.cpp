@@ -29,7 +29,7 @@ py::dict facts_of(const fastrnn::cuda::GpuFacts& gpu) {
 
 // The plan of a pass on a GPU of these facts.
 py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t D, int64_t item_bytes,
-              const py::dict& gpu, const std::string& kernel, bool persistent, bool tf32) {
+              const py::dict& gpu, const std::string& kernel, bool persistent, bool tf32, bool backward) {
   const py::tuple capability = gpu["capability"];
   const fastrnn::cuda::GpuFacts facts = {
       "",
@@ -41,7 +41,7 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   };
   const int64_t compute_bytes = item_bytes == 8 ? 8 : 4;
   const fastrnn::cuda::Plan found = fastrnn::cuda::plan_pass(
-      {fastrnn::cell_of(cell), T, B, I, H, D, item_bytes, compute_bytes, H, tf32}, facts, kernel, persistent);
+      {fastrnn::cell_of(cell), T, B, I, H, D, item_bytes, compute_bytes, H, tf32, backward}, facts, kernel, persistent);
   py::dict result;
   result["kernel"] = found.kernel;
   result["why"] = found.why;
@@ -102,7 +102,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("plan", &plan, py::kw_only(), py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("D"), py::arg("item_bytes"), py::arg("gpu"), py::arg("kernel"), py::arg("persistent") = false,
-        py::arg("tf32") = false);
+        py::arg("tf32") = false, py::arg("backward") = false);
   m.def("poison", [](bool on) { fastrnn::poison() = on; }, py::arg("on"));
   m.def("cpu_isas", &fastrnn::cpu_isas);
   m.def("cpu_isa", &fastrnn::cpu_isa);

@@ -145,14 +145,26 @@ def explain(
         raise ValueError(f"unknown dtype {dtype!r}, expected float32, float64, bfloat16 or float16")
     facts = _gpu_facts(native.gpus(), device)
     size = getattr(torch, dtype).itemsize
-    plan = native.plan(
-        cell=cell, T=T, B=B, I=I, H=H, D=1 + bidirectional, item_bytes=size, gpu=facts,
-        kernel=kernel, persistent=os.environ.get("FASTRNN_PERSISTENT") == "1",
-        tf32=cuda_graphs.allows_tf32(),
+    disabled = _is_set("FASTRNN_DISABLE_PERSISTENT")
+    if disabled and kernel.startswith("persistent"):
+        raise ValueError(f"kernel {kernel!r} cannot run this: FASTRNN_DISABLE_PERSISTENT=1")
+    if most := os.environ.get("FASTRNN_MAX_SMS"):
+        if not most.isdecimal() or int(most) < 1:
+            raise ValueError(f"FASTRNN_MAX_SMS must be a number from 1 on, and is {most}")
+        facts = facts | {"multiprocessors": min(facts["multiprocessors"], int(most))}
+    plan, backward = (
+        native.plan(
+            cell=cell, T=T, B=B, I=I, H=H, D=1 + bidirectional, item_bytes=size, gpu=facts,
+            kernel=kernel, persistent=_is_set("FASTRNN_PERSISTENT") and not disabled,
+            tf32=cuda_graphs.allows_tf32(), backward=is_backward,
+        )
+        for is_backward in (False, True)
     )  # fmt: skip
+    of = "block" if plan["kernel"].startswith("persistent") else "direction"
     rows = [
         ("kernel", f"{plan['kernel']}: {plan['why']}"),
-        ("gate kernel", f"{plan['units']} units a thread, {plan['threads']} threads a direction"),
+        ("backward", f"{backward['kernel']}: {backward['why']}"),
+        ("gate kernel", f"{plan['units']} units a thread, {plan['threads']} threads a {of}"),
         ("grid", f"{plan['blocks']} blocks on {facts['multiprocessors']} multiprocessors"),
         ("input products", f"of {plan['chunk_steps']} steps at a time"),
         ("launches", f"{plan['launches']} in a forward pass"),
@@ -162,6 +174,13 @@ def explain(
     directions = ", both directions" if bidirectional else ""
     title = f"{cell} {dtype} T={T} B={B} I={I} H={H}{directions} on {device}"
     return f"{title}\n{_table(rows)}"
+
+
+def _is_set(variable: str) -> bool:
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{variable} must be 0 or 1, and is {value}")
+    return value == "1"
 
 
 def _gpu_facts(known: dict[str, dict[str, Any]], device: str) -> dict[str, Any]:

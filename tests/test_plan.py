@@ -193,6 +193,33 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "persistent-grid: not measured yet" in text
 
 
+def test_explain_asks_what_a_run_asks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--explain", "256", "32", "512", "512", "lstm", "bfloat16", "h200"]
+
+    def text() -> str:
+        assert info.main(arguments) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("FASTRNN_PERSISTENT", "1")
+    assert "kernel          persistent-grid" in text()
+    assert "backward        persistent-grid" in text()
+    monkeypatch.setenv("FASTRNN_MAX_SMS", "32")
+    assert "32 blocks on 32 multiprocessors" in text()
+    monkeypatch.setenv("FASTRNN_MAX_SMS", "31")
+    assert "persistent-grid: H=512: its 32 blocks" in text()
+    monkeypatch.delenv("FASTRNN_MAX_SMS")
+    monkeypatch.setenv("FASTRNN_DISABLE_PERSISTENT", "1")
+    assert "kernel          step" in text()
+    for variable, value in (("FASTRNN_PERSISTENT", "yes"), ("FASTRNN_MAX_SMS", "0")):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(SystemExit):
+            info.main(arguments)
+        assert f"{variable} must be" in capsys.readouterr().err
+        monkeypatch.delenv(variable)
+
+
 @pytest.mark.parametrize(
     ("position", "word", "message"),
     [

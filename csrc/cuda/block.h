@@ -13,10 +13,9 @@ constexpr int kWarp = 32;
 enum class Operand { kBFloat16, kHalf, kTf32 };
 
 // The words that `load`, `store`, `arrive` and `look` are given are read and written by nothing else while the kernel
-// runs. A word is whole; nothing is said of the order in which others see the stores of a thread, but:
-//   what a thread of the block stored before a barrier, and this thread before fence() or arrive(), is there for
-//   whoever has seen what this thread stored after it, or the count, and then came to fence() himself, or has it from
-//   look()
+// runs. load and store are relaxed: a word is whole, and nothing else is said. arrive releases, look acquires; fence()
+// does both: it releases with a store behind it, and acquires with a load before it, of the same thread (PTX, scope
+// gpu). A release covers what other threads of the block did before a barrier that this thread came to, too.
 #if defined(__CUDACC__)
 #define FASTRNN_BLOCK_FN __device__  // what runs in a block only
 class Block {
@@ -41,7 +40,7 @@ class Block {
   __device__ void store(uint32_t* target, uint32_t word) const {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(target), "r"(word) : "memory");
   }
-  __device__ void fence() const { __threadfence(); }
+  __device__ void fence() const { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
   __device__ void arrive(uint32_t* counter) const {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
   }
@@ -120,6 +119,8 @@ FASTRNN_FN void multiply([[maybe_unused]] const Block& block, float (&sums)[4], 
     FASTRNN_MULTIPLY("m16n8k16", "f16.f16");
   else
     FASTRNN_MULTIPLY("m16n8k16", "bf16.bf16");
+#elif defined(__CUDA_ARCH__)
+  __trap();  // the plan refuses GPUs that run this
 #elif !defined(__CUDACC__)
   block.multiply(sums, a, b, kFloat ? Operand::kTf32 : kHalf ? Operand::kHalf : Operand::kBFloat16);
 #endif

@@ -3,7 +3,8 @@
 template <class Cell, class T, int kTiles, bool kPairs>
 struct BlockForward : BlockShape<kTiles> {
   using Shape = BlockShape<kTiles>;
-  static constexpr int kPitch = Shape::kUnits + 8;  // of a row of h: rows begin in different banks
+  static constexpr int kPitch = Shape::kUnits + 8;           // of a row of h: rows begin in different banks
+  static constexpr int kChains = Cell::kGates == 1 ? 2 : 1;  // sums of a gate: no product waits for the one before
   static constexpr int kBiases = Cell::kGates + Cell::kOwn;
   static constexpr size_t kBiasBytes = kBiases * Shape::kUnits * sizeof(float);
   static constexpr size_t kSharedBytes = kBiasBytes + 2 * kBlockRows * kPitch * sizeof(T);
@@ -76,10 +77,10 @@ struct BlockForward : BlockShape<kTiles> {
       const int64_t data_row = args.steps.row(time(step)) + first_row;
       const int live_next = step + 1 < args.steps.T ? args.steps.live(time(step + 1), first_row) : 0;
       // x + r of most gates come from one sum; of the last R gates they enter the cell by themselves.
-      float sums[G][4] = {}, own[R + 1][4];
+      float sums[G][kChains][4] = {}, own[R + 1][4];
       FASTRNN_UNROLL
       for (int k = 0; k < G; ++k) FASTRNN_UNROLL
-      for (int i = 0; i < 4; ++i) (k < G - R ? sums[k] : own[k - (G - R)])[i] = next[k][i];
+      for (int i = 0; i < 4; ++i) (k < G - R ? sums[k][0] : own[k - (G - R)])[i] = next[k][i];
       // What does not wait for h comes first.
       if (step + 1 < range.end) load_gates(step + 1, next);
       const T* const before = memory + parity * kBlockRows * kPitch;
@@ -88,8 +89,11 @@ struct BlockForward : BlockShape<kTiles> {
         const uint32_t operand[2] = {word_at(before + lane.r * kPitch + 16 * tile + 2 * lane.q),
                                      word_at(before + lane.r * kPitch + 16 * tile + 2 * lane.q + 8)};
         FASTRNN_UNROLL
-        for (int k = 0; k < G; ++k) multiply<T>(block, sums[k], weights.words[k][tile], operand);
+        for (int k = 0; k < G; ++k) multiply<T>(block, sums[k][tile % kChains], weights.words[k][tile], operand);
       }
+      FASTRNN_UNROLL
+      for (int k = 0; k < G; ++k) FASTRNN_UNROLL
+      for (int i = 0; i < 4 && kChains == 2; ++i) sums[k][0][i] += sums[k][kChains - 1][i];
       T* const after = memory + (1 - parity) * kBlockRows * kPitch;
       FASTRNN_UNROLL
       for (int i = 0; i < 2; ++i) {
@@ -101,7 +105,7 @@ struct BlockForward : BlockShape<kTiles> {
           Quick xi[G], ri[G], si[A + 1], hi = h[i][j], ci = c[i][j];
           FASTRNN_UNROLL
           for (int k = 0; k < G; ++k) {
-            const float of_input = bias[k * Shape::kUnits + j], sum = sums[k][2 * j + i];
+            const float of_input = bias[k * Shape::kUnits + j], sum = sums[k][0][2 * j + i];
             xi[k] = k < G - R ? sum + of_input : own[k - (G - R)][2 * j + i] + of_input;
             ri[k] = k < G - R ? 0.0f : sum + bias[(k + R) * Shape::kUnits + j];
           }

@@ -4,6 +4,9 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
+#include <mutex>
+
 #include "device.h"
 
 namespace fastrnn::cuda {
@@ -33,20 +36,33 @@ GpuLimits limits_of(int32_t index) {
   GpuLimits gpu;
   gpu.major = ask(cudaDevAttrComputeCapabilityMajor), gpu.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
   gpu.shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  gpu.together = ask(cudaDevAttrCooperativeLaunch) != 0;
   return gpu;
 }
 
-// A word of the host that every GPU can write to, for the life of the process.
-uint32_t* report() {
-  static uint32_t* const word = [] {
-    void* memory = nullptr;
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // somebody may be recording, whom this does not concern
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    const cudaError_t error = cudaHostAlloc(&memory, sizeof(uint32_t), cudaHostAllocPortable | cudaHostAllocMapped);
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    STD_TORCH_CHECK(error == cudaSuccess, "fastrnn: no memory for reports: ", cudaGetErrorString(error));
-    return new (memory) uint32_t(0);
-  }();
+// A word of the host that every GPU can write to.
+uint32_t* new_word() {
+  const auto check = [](cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // it is told here
+    STD_TORCH_CHECK(false, "fastrnn: no memory of the host for reports: ", cudaGetErrorString(error));
+  };
+  void* memory = nullptr;
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // somebody may be recording, whom this does not concern
+  check(cudaThreadExchangeStreamCaptureMode(&mode));
+  const cudaError_t error = cudaHostAlloc(&memory, sizeof(uint32_t), cudaHostAllocPortable | cudaHostAllocMapped);
+  check(cudaThreadExchangeStreamCaptureMode(&mode));
+  check(error);
+  return new (memory) uint32_t(0);
+}
+
+// Made once, when a grid first runs, for the life of the process.
+uint32_t* report(bool make) {
+  static std::atomic<uint32_t*> word{nullptr};
+  static std::mutex making;
+  if (word || !make) return word;
+  const std::lock_guard<std::mutex> lock(making);
+  if (!word) word = new_word();
   return word;
 }
 
@@ -60,7 +76,7 @@ class Gpu final : CurrentGpu, public KernelDevice {
   explicit Gpu(int32_t index)
       : CurrentGpu{torch::stable::accelerator::DeviceGuard(index)},
         KernelDevice({DeviceType::CUDA, index}, step_kernels(), block_kernels(), grid_kernels(), current_stream(index),
-                     limits_of(index), report()) {}
+                     limits_of(index), report) {}
 };
 
 }  // namespace

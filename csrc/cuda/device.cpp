@@ -1,7 +1,9 @@
 #include "device.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 
 #include "gemm.h"
 #include "program.h"
@@ -31,10 +33,11 @@ Asked asked() {
                     "fastrnn: FASTRNN_GRID_EXCHANGE must be words or flags, and is ", exchange);
   }
   if (const char* const most = std::getenv("FASTRNN_MAX_SMS"); most && *most) {
-    char* end = nullptr;
-    found.multiprocessors = std::strtol(most, &end, 10);
-    STD_TORCH_CHECK(*end == 0 && found.multiprocessors >= 1 && found.multiprocessors <= 1 << 20,
-                    "fastrnn: FASTRNN_MAX_SMS must be a number of multiprocessors from 1 on, and is ", most);
+    const char* const end = most + std::strlen(most);
+    const auto read = std::from_chars(most, end, found.multiprocessors);
+    STD_TORCH_CHECK(
+        read.ec == std::errc() && read.ptr == end && found.multiprocessors >= 1 && found.multiprocessors <= 1 << 20,
+        "fastrnn: FASTRNN_MAX_SMS must be a number of multiprocessors from 1 on, and is ", most);
   }
   return found;
 }
@@ -47,10 +50,10 @@ GpuLimits limited(GpuLimits gpu, const Asked& asked) {
 }  // namespace
 
 KernelDevice::KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block,
-                           const GridKernels& grid, Queue queue, const GpuLimits& gpu, uint32_t* report)
+                           const GridKernels& grid, Queue queue, const GpuLimits& gpu, Report report)
     : KernelDevice(place, step, block, grid, queue, gpu, report, asked()) {}
 KernelDevice::KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block,
-                           const GridKernels& grid, Queue queue, const GpuLimits& gpu, uint32_t* report,
+                           const GridKernels& grid, Queue queue, const GpuLimits& gpu, Report report,
                            const Asked& asked)
     : Device(place), context_{*this, step, block, grid, queue, limited(gpu, asked), asked, recorder(), report} {}
 

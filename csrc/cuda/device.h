@@ -11,11 +11,11 @@ namespace fastrnn::cuda {
 
 class KernelDevice : public Device {
  public:
-  // queue: the stream of the kernels, and of torch's products; report: host memory that the device can write to, 0 at
-  // first. FASTRNN_CUDA_KERNEL, FASTRNN_PERSISTENT and FASTRNN_DISABLE_PERSISTENT say which kernels run;
-  // FASTRNN_GRID_EXCHANGE and FASTRNN_MAX_SMS how those of grids do.
+  // queue: the stream of the kernels, and of torch's products; report: of kernels of grids. FASTRNN_CUDA_KERNEL,
+  // FASTRNN_PERSISTENT and FASTRNN_DISABLE_PERSISTENT say which kernels run; FASTRNN_GRID_EXCHANGE and FASTRNN_MAX_SMS
+  // how those of grids do.
   KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block, const GridKernels& grid,
-               Queue queue, const GpuLimits& gpu, uint32_t* report);
+               Queue queue, const GpuLimits& gpu, Report report);
 
   Tensor zeros(const Sizes& sizes, ScalarType dtype) const override;
   char* take_between(size_t bytes) override;
@@ -33,7 +33,7 @@ class KernelDevice : public Device {
 
  private:
   KernelDevice(const Place& place, const StepKernels& step, const BlockKernels& block, const GridKernels& grid,
-               Queue queue, const GpuLimits& gpu, uint32_t* report, const Asked& asked);
+               Queue queue, const GpuLimits& gpu, Report report, const Asked& asked);
   Tensor matrix(const Rows& rows, int64_t height, int64_t width, int64_t row_stride, int64_t column_stride) const;
   void product(const Rows& result, int64_t rows, int64_t columns, const Tensor& a, const Tensor& b, bool add) const;
 

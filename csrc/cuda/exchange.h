@@ -4,13 +4,16 @@
 //
 // Two ways to know that a word is there, of which a kernel takes one:
 //   WordExchange   the word says so itself: what has not been published is kNotThere, a NaN which is never published.
-//                  One trip through L2. Slots are made kNotThere again, half of them at a time: when publication
-//                  n = window k + 1 is due, everybody has published n - 1, thus read everything before, of which the
-//                  slots of the window before last, [n - 1 - window, n - 2], go. Only publications from window (k + 1)
-//                  on come there again; a fence after the clearing, and one of the readers between the windows, see to
-//                  it that they never find what was there before
+//                  One trip through L2. Slots are made kNotThere again, half of them at a time, by who publishes there:
+//                  before publication n = k window + 1 those of the window before, [n - 1 - window, n - 2], of which
+//                  the next ones to be used are those of publication (k + 1) window.
+//                  Nobody loses a word: who clears has seen all of n - 1, each word of it published by a block that had
+//                  looked at all its words of n - 2 before (the store depends on what was loaded: a word is compared,
+//                  then multiplied, before the barrier behind which the block publishes).
+//                  Nobody finds an old word: clear, fence, store of n | load of n or later, fence (at the end of each
+//                  window), load from the slot. A fence for a reader and a writer in each window, none in other steps
 //   FlagExchange   each block counts itself in when it has published, and waits for all: a barrier
-// Waiting ends after kMostSpins: the operand then is NaN, and with it all that follows, and the host is told the step.
+// Waiting ends after kMostSpins: from then on the operand of that thread is NaN, and the host is told the step.
 //
 // Requires that all blocks run at the same time.
 #pragma once
@@ -54,6 +57,12 @@ class Exchange {
   FASTRNN_BLOCK_FN Exchange(const Block& block, const Mailbox& mailbox, int group, bool is_backward)
       : block_(block), mail_(mailbox), d_(group), is_backward_(is_backward) {}
 
+  // Words that were waited for, or given up.
+  FASTRNN_FN void taken(uint32_t (&words)[4]) const {
+    FASTRNN_UNROLL
+    for (int i = 0; i < 4; ++i) words[i] = gave_up_ ? kNotThere : words[i];
+  }
+
   template <class T>
   static FASTRNN_FN uint32_t not_reserved(uint32_t word) {
     return word != kNotThere ? word : sizeof(T) == 4 ? kNaN32 : kNaN16;
@@ -90,7 +99,6 @@ class WordExchange : public Exchange {
   FASTRNN_FN bool is_missing(const uint32_t (&words)[4]) const {
     return words[0] == kNotThere || words[1] == kNotThere || words[2] == kNotThere || words[3] == kNotThere;
   }
-  FASTRNN_FN void taken(uint32_t (&)[4]) const {}
   // All reads of publication n are done.
   FASTRNN_BLOCK_FN void end_reading(int n) const {
     if ((n & (mail_.window - 1)) == mail_.window - 1) block_.fence();
@@ -118,10 +126,6 @@ class FlagExchange : public Exchange {
     for (int spins = 0; block_.look(flag) < static_cast<uint32_t>(mail_.members) && !gives_up(spins, step);) ++spins;
   }
   FASTRNN_FN bool is_missing(const uint32_t (&)[4]) const { return false; }
-  FASTRNN_FN void taken(uint32_t (&words)[4]) const {
-    FASTRNN_UNROLL
-    for (int i = 0; i < 4; ++i) words[i] = gave_up_ ? kNotThere : words[i];
-  }
   FASTRNN_BLOCK_FN void end_reading(int) const {}
 
   template <class EachPlace>

@@ -62,7 +62,18 @@ void launch_together(const Kernel& kernel, int64_t blocks, int64_t groups, Queue
   };
   const size_t shared = kernel.shared_bytes();
   void (*const body)(const Kernel) = run_blocks<Kernel>;
-  check(cudaFuncSetAttribute(body, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  cudaFuncAttributes facts{};
+  check(cudaFuncGetAttributes(&facts, body));
+  if (facts.ptxVersion < 80)
+    throw std::runtime_error(
+        "fastrnn: this kernel needs to be compiled for compute capability 8.0 or later, and is there for " +
+        std::to_string(facts.ptxVersion / 10) + "." + std::to_string(facts.ptxVersion % 10));
+  // As much as there is, whatever this launch takes: another thread may be about to launch the same with more.
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check(cudaFuncSetAttribute(body, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - static_cast<int>(facts.sharedSizeBytes)));
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
   cudaLaunchConfig_t config{};

@@ -52,8 +52,8 @@ struct GridBackward {
           block.sync();
           parity = 1 - parity;
         }
+        typename CellStep::Result result;
         if (is_mine) {
-          typename CellStep::Result result;
           const bool continues = place.has_unit && place.row < live_after;
           float product[1] = {0.0f};
           if (continues) product[0] = Products::sum_of(partials, 0, place.unit, place.row);
@@ -68,9 +68,9 @@ struct GridBackward {
             cell.leave(product);
           }
           if (live > 0) publisher.publish(exchange, n, tile, published, live_after > 0);
-          if (is_active) cell.store(given, result);
         }
         if (live > 0) exchange.end_publishing(n, tile);
+        if (is_active) cell.store(given, result);  // nobody waits for it
       }
     }
   }

@@ -58,8 +58,8 @@ struct GridForward {
           block.sync();
           parity = 1 - parity;
         }
+        typename CellStep::Result result;
         if (is_mine) {
-          typename CellStep::Result result;
           if (is_active) {
             float r[G][1];
             FASTRNN_UNROLL
@@ -68,9 +68,9 @@ struct GridForward {
             narrow(result.h[0], published[0]);
           }
           publisher.publish(exchange, n, tile, published, live > 0);
-          if (is_active) cell.store(result);
         }
         exchange.end_publishing(n, tile);
+        if (is_active) cell.store(result);  // nobody waits for it
       }
     }
   }

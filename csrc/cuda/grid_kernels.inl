@@ -3,19 +3,15 @@
 //
 // Computes   the cells of csrc/cells.h along time, of 16 hidden units of a group in a block, for the tiles of 8 rows of
 //            its row group one after the other
-// Work       a warp: an eighth of k, in blocks of 32 (float: 16), for which it keeps weight_hh as fragments of the
-// tensor
-//            cores; then a thread of the tile's half of the block: a unit of a row, from the sums of all warps to what
-//            it publishes. Per step and tile 2 G products of a warp for each of its blocks of k, and one barrier
-// Memory     registers: weights of 4 blocks of k (backward: 4 G), 32 G words; shared: the others, and partial sums,
-// twice
-//            in turns; states in the panels, each read and written by one thread
-// Requires   a GPU of compute capability 8.0; T of 16 bits, or float where TF32 is allowed; no projection; all blocks
-// at
-//            the same time
-// Order      steps wait for each other through the mailbox, tiles do not. Sums go in the order of the tensor cores,
-// then
-//            of the warps, the same in every call
+// Work       a warp: an eighth of k, in blocks of 32 (of float 16), whose weights it keeps; then a thread of the tile's
+//            half of the block: a unit of a row, from the sums of all warps to what it publishes. Per step and tile one
+//            barrier, with flags two
+// Memory     registers: weights of 4 blocks of k of each gate, of float as it is of 2 (sizes.h); shared: partial sums,
+//            twice in turns, operands of float as it is, and the weights behind; states in the panels, each read and
+//            written by one thread; the mailbox in L2
+// Requires   a GPU of compute capability 8.0; T of 16 bits or float; no projection; all blocks at the same time
+// Order      steps wait for each other through the mailbox, tiles do not. Sums go in the order of the tensor cores, of
+//            float as it is of k, then of the warps: the same in every call
 #include "grid_kernels.h"
 
 #include "grid_products.h"
@@ -151,8 +147,10 @@ void with_numbers(Dtype dtype, bool exact, F f) {
     f(static_cast<float*>(nullptr));
   else if (dtype == Dtype::kHalf)
     f(static_cast<Half*>(nullptr));
-  else
+  else if (dtype == Dtype::kBFloat16)
     f(static_cast<BFloat16*>(nullptr));
+  else
+    throw std::runtime_error("fastrnn: kernels of grids have no float64");
 }
 
 // Launches the instance of a kernel <Cell, T, Exchange> for these arguments.

@@ -36,8 +36,9 @@ class GridProducts {
  public:
   static constexpr bool kIsStaged = Core::kStageWords > 0;
   static constexpr int kBatch = kIsStaged || kResident > 12 ? 2 : 4;  // blocks of k whose operands are read at a time
-  static constexpr int kMoreWords = 2 * kOutputs * kWarp * 4;         // of a block of k in shared memory, for a warp
-  static constexpr int kStride = kGridWarps * kWordsOfBlock;          // of the blocks of k of a warp, in words
+  static_assert(kResident % kBatch == 0, "a batch lies in registers or in shared memory");
+  static constexpr int kMoreWords = 2 * kOutputs * kWarp * 4;  // of a block of k in shared memory, for a warp
+  static constexpr int kStride = kGridWarps * kWordsOfBlock;   // of the blocks of k of a warp, in words
   static constexpr int kPartialFloats = kGridWarps * kOutputs * kSumsOfProduct;
 
   // Of shared memory: partial sums, twice; operands where the core wants them; the weights that registers do not hold.
@@ -161,7 +162,7 @@ class GridProducts {
       for (int j = 0; j < kBatch; ++j)
         if (first + j < count_ && exchange.is_missing(words[j])) block_.load(source(operand, first + j), words[j]);
     }
-    if (kIsStaged) block_.sync_warp();  // nobody reads the batch before
+    block_.sync_warp();  // threads that waited longer; and nobody reads the batch before
     FASTRNN_UNROLL
     for (int j = 0; j < kBatch; ++j) {
       exchange.taken(words[j]);

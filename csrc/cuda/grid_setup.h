@@ -17,7 +17,7 @@ inline void check_report(uint32_t* report) {
   if (told == 0) return;
   *word = 0;
   STD_TORCH_CHECK(
-      false, "fastrnn: persistent-grid gave up in an earlier ", told % 2 ? "backward" : "forward",
+      false, "fastrnn: persistent-grid gave up on a GPU in an earlier ", told % 2 ? "backward" : "forward",
       " pass: a block waited in vain for the others in step ", told / 2 - 1,
       " (of the steps as they run), and what came after it is NaN; FASTRNN_DISABLE_PERSISTENT=1 does without");
 }
@@ -68,9 +68,11 @@ class GridSetup {
     mail.window = grid_window(s_.D * mail.words_of_slot() * 4), mail.slots = on_.asked.flags ? 2 : 2 * mail.window;
     const int64_t words = s_.D * mail.slots * mail.words_of_slot();
     const int64_t flags = on_.asked.flags ? s_.D * plan_.tiles * publications : 0;
-    memory_ = on_.device.make({(words + 1 + flags) * 4}, ScalarType::Byte);
+    const int64_t bytes = (words + 1 + flags) * 4;
+    if (!memory_.defined() || memory_.numel() < bytes) memory_ = on_.device.make({bytes}, ScalarType::Byte);
     mail.words = static_cast<uint32_t*>(memory_.mutable_data_ptr());
-    mail.failed = mail.words + words, mail.flags = flags > 0 ? mail.failed + 1 : nullptr, mail.report = on_.report;
+    mail.failed = mail.words + words, mail.flags = flags > 0 ? mail.failed + 1 : nullptr,
+    mail.report = on_.report(true);
     on_.grid.prepare(args, on_.queue);
     mailbox_ = mail;
   }

@@ -22,7 +22,8 @@ struct Prediction {
 
   double step() const {
     const double rows = static_cast<double>(s.B * s.D), weights = static_cast<double>(s.D * s.weight_bytes());
-    const double product = std::max(weights / 5.5e6, 2 * G * H * H * rows / 450e6);
+    const double rate = s.item_bytes == 8 || s.is_exact() ? 50e6 : s.item_bytes == 4 ? 225e6 : 450e6;
+    const double product = std::max(weights / 5.5e6, 2 * G * H * H * rows / rate);
     return std::max(5.0, 1.8 + 0.9 + product + 0.5 + rows * H * (8 * G + 16) / 3.5e6);
   }
   double block() const {
@@ -35,7 +36,7 @@ struct Prediction {
     const GridPlan plan = grid_plan(s);
     const double gates = s.is_backward ? G : 1;  // of the operand
     const double tiles = std::ceil(static_cast<double>(plan.tiles) / static_cast<double>(plan.row_groups));
-    const double fma = s.is_exact() ? 128 : s.item_bytes == 4 ? 1235 / 2 : 1235;
+    const double fma = s.is_exact() ? 128 : s.item_bytes == 4 ? 617.5 : 1235;
     const double products = both(G * kGridUnits * H * kBlockRows / fma, gates * H * kBlockRows * bytes / 24);
     const double sums = 80 + 64 * (s.is_backward ? 1 : G);
     const double turns = std::ceil(static_cast<double>(s.D) / static_cast<double>(plan.groups));
@@ -70,6 +71,7 @@ inline std::string why_not_kernel(const std::string& name, const PlanShape& s) {
   }
   if (name == "persistent-grid") {
     if (s.gpu.major < 8) return "it needs a GPU of compute capability 8.0";
+    if (!s.gpu.together) return "the GPU cannot be asked to run its blocks at the same time";
     if (s.P != s.H) return "it has no projection";
     if (s.item_bytes == 8) return "it has no float64";
     if (s.T * s.B * s.D >= int64_t{1} << 31 || s.H >= 1 << 24) return "it counts rows in 31 bits";
@@ -92,8 +94,8 @@ inline std::string why_not_asked(const std::string& asked, const PlanShape& s) {
   return asked == "auto" ? "" : why_not_kernel(asked, s);
 }
 
-// The kernel of a pass: the one that is asked for, which can run it; of "auto" the best one that is proven on GPUs,
-// with `persistent` also of those that are not yet, by what is predicted of them.
+// The kernel of a pass: the one that is asked for, which can run it; of "auto" step, with `persistent` also those that
+// are not measured on a GPU yet, by what is predicted of them.
 inline std::string choose_kernel(const std::string& asked, bool persistent, const PlanShape& s) {
   if (asked != "auto") return asked;
   const Prediction predicted{s};

@@ -32,6 +32,10 @@ struct Asked {
   int64_t multiprocessors = 1 << 20;  // at most
 };
 
+// Gives the word of the host, 0 at first, in which kernels of grids say that they gave up; null if there is none yet,
+// and none is to be made.
+using Report = uint32_t* (*)(bool make);
+
 // Where a pass runs.
 struct Context {
   const Device& device;
@@ -42,7 +46,7 @@ struct Context {
   GpuLimits gpu;  // as much of it as is asked for
   Asked asked;
   Recorder* recorder;  // of programs, or null
-  uint32_t* report;    // where kernels of grids say that they gave up; host memory
+  Report report;       // of kernels of grids
 };
 
 void scan(const ScanArgs& args, const Context& context);

@@ -1,5 +1,5 @@
 // The sizes of the kernels of a pass: what a block, a program, a mailbox has for a shape on a device. Pure functions,
-// which ask no device; every number that was chosen stands here, or in plan.h, which chooses between the kernels.
+// which ask no device. Numbers that were chosen stand here, in plan.h, and where a kernel's header says so.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +31,7 @@ constexpr GpuFacts kGpus[] = {
 struct GpuLimits {
   int major = 9, multiprocessors = 132;  // multiprocessors: those that may be used
   int64_t shared_bytes = 227 << 10;      // of a block
+  bool together = true;                  // blocks can be launched to run at the same time
 };
 
 struct PlanShape {
@@ -106,8 +107,9 @@ constexpr int64_t grid_sum_bytes(int64_t outputs) { return 2 * kGridWarps * outp
 // Of the operand of float as it is: two blocks of k of each warp.
 constexpr int64_t kGridStageBytes = 2 * kGridWarps * 512;
 
-// Publications of the mailbox that lie between two fences (exchange.h): of a fence of 0.2 us each of 8 has little. So
-// few where slots are large that the mailbox takes at most this of the L2 cache. Predicted, not measured.
+// Publications of the mailbox that lie between two fences (exchange.h): of a fence of 0.2 us each of 8 has little.
+// Fewer where slots are large, so that the mailbox stays below this of the L2 cache where it can. Predicted, not
+// measured.
 constexpr int kMostWindow = 8, kLeastWindow = 2;
 constexpr int64_t kMostMailboxBytes = int64_t{16} << 20;
 

@@ -38,7 +38,7 @@ class StepPass {
         has_c(kCells[static_cast<int>(shape.cell)].has_c) {
     fill(now.cell);
     fill(now.projection);
-    check_report(on.report);
+    check_report(on.report(false));
     plan = {s.cell, s.T, s.B, 0, s.H, s.D, item_size(storage), item_size(compute), s.P};
     plan.gpu = on.gpu, plan.is_backward = is_backward;
     plan.tf32 = s.dtype == Dtype::kFloat && wants_tf32() && on.recorder && on.recorder->allows_tf32();

@@ -61,7 +61,8 @@ const bool has_recorder = (set_recorder(std::make_unique<HostRecorder>()), true)
 
 std::unique_ptr<Device> device_of(const Tensor&) {
   return std::make_unique<cuda::KernelDevice>(Place{}, cuda::step_kernels(), cuda::block_kernels(),
-                                              cuda::grid_kernels(), nullptr, cuda::gpu, &cuda::report);
+                                              cuda::grid_kernels(), nullptr, cuda::gpu,
+                                              [](bool) { return &cuda::report; });
 }
 
 }  // namespace fastrnn

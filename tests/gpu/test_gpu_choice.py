@@ -96,6 +96,6 @@ def test_a_kernel_that_gave_up_is_told_at_the_next_pass(device: str) -> None:
     layer, x = fastrnn.GRU(2, 4).to(device), torch.ones(1, 1, 2, device=device)
     for word, text in ((2 * (7 + 1), "forward .* in step 7 "), (2 * (0 + 1) + 1, "backward .* 0 ")):
         cuda_on_host.report(word)
-        with pytest.raises(RuntimeError, match=f"gave up in an earlier {text}"):
+        with pytest.raises(RuntimeError, match=f"gave up on a GPU in an earlier {text}"):
             layer(x)
         layer(x)
