@@ -68,9 +68,9 @@ struct GridBackward {
             cell.leave(product);
           }
           if (live > 0) publisher.publish(exchange, n, tile, published, live_after > 0);
+          if (is_active) cell.store(given, result);  // before flags are counted in: registers are short
         }
         if (live > 0) exchange.end_publishing(n, tile);
-        if (is_active) cell.store(given, result);  // nobody waits for it
       }
     }
   }

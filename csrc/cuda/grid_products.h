@@ -97,6 +97,7 @@ class GridProducts {
     Core core;
     if (Exchange::kWaitsFirst) {
       exchange.wait(n, tile, step);
+      block_.sync_warp();
       start(operand, operands);
     }
     FASTRNN_UNROLL
@@ -162,7 +163,8 @@ class GridProducts {
       for (int j = 0; j < kBatch; ++j)
         if (first + j < count_ && exchange.is_missing(words[j])) block_.load(source(operand, first + j), words[j]);
     }
-    block_.sync_warp();  // threads that waited longer; and nobody reads the batch before
+    // Threads that waited longer; and nobody reads the batch before.
+    if (kIsStaged || !Exchange::kWaitsFirst) block_.sync_warp();
     FASTRNN_UNROLL
     for (int j = 0; j < kBatch; ++j) {
       exchange.taken(words[j]);
