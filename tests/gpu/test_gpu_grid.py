@@ -70,15 +70,19 @@ def test_sizes(device: str, cell: str, dtype: str, case: Case) -> None:
 SOME_IDS = {
     "base", "T1", "H1", "H17", "H77", "H150-B9", "all", "saturated", "packed-all", "no-grad",
 }  # fmt: skip
-SOME = [case for case in CASES if case.id in SOME_IDS] + LONG + SIZES
+SOME = [("words", case) for case in CASES if case.id in SOME_IDS]
+SOME += [("words", case) for case in LONG + SIZES]
+SOME += [("flags", case) for case in SIZES if case.id == "tiles-5"]  # the bits of words, as below
+some = pytest.mark.parametrize(
+    ("exchange", "case"), SOME, indirect=["exchange"],
+    ids=[f"{exchange}-{case.id}" for exchange, case in SOME],
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
+@some
 @pytest.mark.parametrize("cell", PLAIN_CELLS)
 def test_float32(device: str, exchange: str, cell: str, case: Case) -> None:
     """As it is, where torch does not allow TF32."""
-    if exchange == "flags" and case.id != "tiles-5":
-        return  # the bits of the words, as below
     problem, torch_same, ref64 = expected(cell, case, torch.float32, device)
     first = problem.run(fastrnn, device=device)
     check(first, torch_same, ref64)
@@ -86,12 +90,10 @@ def test_float32(device: str, exchange: str, cell: str, case: Case) -> None:
 
 
 @pytest.mark.usefixtures("_tf32")
-@pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
+@some
 @pytest.mark.parametrize("cell", PLAIN_CELLS)
 def test_tf32(device: str, exchange: str, cell: str, case: Case) -> None:
     """float32 whose products have the mantissa of float16: held to what the rule allows there."""
-    if exchange == "flags" and case.id != "tiles-5":
-        return
     problem, half, ref64 = expected(cell, case, torch.float16, device)
     first = problem.run(fastrnn, torch.float32, device=device)
     allowed = {c.name: c.allowed for c in compare(half, half, ref64)}
@@ -100,13 +102,12 @@ def test_tf32(device: str, exchange: str, cell: str, case: Case) -> None:
     check_identical(problem.run(fastrnn, torch.float32, device=device), first)
 
 
+@pytest.mark.parametrize("exchange", ["words"], indirect=True)  # and flags, below
 @pytest.mark.parametrize("tf32", [False, True])
 def test_both_exchanges_have_the_same_bits(
     device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, exchange: str,
     tf32: bool,
 ) -> None:  # fmt: skip
-    if exchange == "flags":
-        return  # it asks for both
     if tf32:
         request.getfixturevalue("_tf32")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

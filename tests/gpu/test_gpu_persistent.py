@@ -6,7 +6,6 @@ in test_gpu_grid.py."""
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 
 import pytest
@@ -47,14 +46,24 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES + LONG + SIZES, ids=lambda case: case.id)
-@pytest.mark.parametrize("dtype", LOW)
+# Of grids: flags have the bits of the words (test_gpu_grid.py), and the products of the two dtypes
+# differ in one instruction, so that not every case needs each of them.
+LAYERS = [("block", dtype, case) for dtype in LOW for case in CASES + LONG + SIZES]
+LAYERS += [("grid-words", "bfloat16", case) for case in CASES]
+LAYERS += [
+    (kernel, dtype, case)
+    for kernel in ("grid-words", "grid-flags")
+    for dtype in LOW
+    for case in LONG + SIZES
+]
+
+
+@pytest.mark.parametrize(
+    ("persistent", "dtype", "case"), LAYERS, indirect=["persistent"],
+    ids=[f"{kernel}-{dtype}-{case.id}" for kernel, dtype, case in LAYERS],
+)  # fmt: skip
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "lstm_proj"])
 def test_layer(device: str, persistent: str, cell: str, dtype: str, case: Case) -> None:
-    if os.environ["FASTRNN_GRID_EXCHANGE"] == "flags" and case in CASES:
-        return  # the bits of the words, as test_gpu_grid.py sees
-    if persistent == "persistent-grid" and dtype == "float16" and case in CASES:
-        return  # products of 16 bits differ in one instruction, which the other cases have too
     problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
     if persistent == "persistent-block" and case.H > MOST_UNITS:
         with pytest.raises(RuntimeError, match="block cannot be met: H=150"):
