@@ -34,7 +34,7 @@ class PlainCalls {
     const py::object in_scope = py::reinterpret_steal<py::object>(scoped);
     const bool is_scoped = in_scope && !in_scope.is_none();
     const py::handle backend = is_scoped ? py::handle(in_scope) : item(backends_, default_name_);
-    if (is_equal(backend, reference_)) return false;
+    if (!is_equal(backend, auto_) && !is_equal(backend, native_)) return false;
     for (const auto& [function, expected] : conditions_) {
       const py::object found = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(function.ptr()));
       if (!found) throw py::error_already_set();
@@ -62,7 +62,8 @@ class PlainCalls {
   const py::object scoped_;
   const py::dict backends_;  // the globals that hold `_default`
   const py::object forward_ad_;
-  const py::str default_name_{"_default"}, level_name_{"_current_level"}, reference_{"reference"};
+  const py::str default_name_{"_default"}, level_name_{"_current_level"}, auto_{"auto"},
+      native_{"native"};
 };
 
 // The steps of one module over weights that lie where they lie. Knows their names and keeps none of them.

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from . import functional
-from ._ops import get_backend, set_backend, use_backend
+from ._backend import get_backend, set_backend, use_backend
 from .cells import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN
 from .quantize import dequantize, quantize

@@ -2,7 +2,7 @@
 
 Forward and backward run the operators. A backward pass that is itself differentiated
 (``create_graph=True``) differentiates ``reference.layer``, which is plain PyTorch, and so do
-backward passes under torch.func and with forward-mode derivatives, which ``_ops.report`` says.
+backward passes under torch.func and with forward-mode derivatives, which ``_backend.report`` says.
 
 Dimension key: see reference.py.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _ops, checks, reference
+from . import _backend, _ops, checks, reference
 
 
 def layer(
@@ -40,24 +40,28 @@ def _layer(
     cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None,
     batch_sizes: Tensor | None, groups: int, direction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if _ops.resolve((input, h0, c0, *weights)) == "reference":
+    backend = _backend.resolve((input, h0, c0, *weights))
+    if backend == "reference":
         checks.one_dtype_and_device(input, (h0, c0, *weights))
         return reference.layer(cell, input, weights, h0, c0, batch_sizes, groups, direction)[:3]
-    return native_layer(cell, input, weights, h0, c0, batch_sizes, groups, direction)
+    return layer_of(backend, cell, input, weights, h0, c0, batch_sizes, groups, direction)
 
 
-def native_layer(
-    cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None,
-    batch_sizes: Tensor | None, groups: int, direction: int,
+def layer_of(
+    backend: str, cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
+    c0: Tensor | None, batch_sizes: Tensor | None, groups: int, direction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``layer`` for tensors that the native kernels take."""
+    """``layer`` for tensors that the kernels of this backend take."""
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, h0, c0, *weights)
     ):
         results: tuple[Tensor, Tensor, Tensor]
-        results = Layer.apply(cell, batch_sizes, groups, direction, input, h0, c0, *weights)
+        results = Layer.apply(
+            backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights
+        )
         return results
-    return _ops.layer(cell, input, list(weights), h0, c0, batch_sizes, groups, direction, False)[:3]
+    run = _ops.operators(backend).layer
+    return run(cell, input, list(weights), h0, c0, batch_sizes, groups, direction, False)[:3]
 
 
 # torch.compile breaks the graph here, as it does at torch.nn's layers.
@@ -65,105 +69,110 @@ _layer_uncompiled = torch._disable_dynamo(_layer)
 
 
 class Layer(Function):
-    """``layer`` on the native kernels."""
+    """``layer`` on the kernels of a backend."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        cell, batch_sizes, groups, direction, input, h0, c0, *weights = arguments
-        output, h_n, c_n, cells, saved = _ops.layer(
+        backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights = arguments
+        output, h_n, c_n, cells, saved = _ops.operators(backend).layer(
             cell, input, weights, h0, c0, batch_sizes, groups, direction, True
         )
         # The user may change the output in place, as torch.nn allows. `data` is an alias that is
         # saved without a check for that; whether it happened is what `changes` counts.
         ctx.save_for_backward(batch_sizes, input, h0, c0, output.data, cells, saved, *weights)
         ctx.changes = _version_counter(output)
-        ctx.cell, ctx.groups, ctx.direction = cell, groups, direction
+        ctx.backend, ctx.cell, ctx.groups, ctx.direction = backend, cell, groups, direction
         ctx.set_materialize_grads(False)
         return output, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         if all(g is None for g in grads):
-            return (None,) * (4 + len(wanted))
+            return (None,) * (5 + len(wanted))
         batch_sizes, input, h0, c0, output, cells, saved, *weights = ctx.saved_tensors
         call = (h0, c0, batch_sizes, ctx.groups, ctx.direction)
-        if _differentiates_reference(input, grads):
+        if _differentiates_reference(ctx.backend, input, grads):
             gradients = _reference_gradients(
                 lambda: reference.layer(ctx.cell, input, weights, *call)[:3],
                 grads, (input, h0, c0, *weights), wanted,
             )  # fmt: skip
-            return (None, None, None, None, *gradients)
+            return (None, None, None, None, None, *gradients)
+        operators = _ops.operators(ctx.backend)
         if ctx.changes._version:
-            output = _ops.layer(ctx.cell, input, weights, *call, False)[0]
-        dinput, dweights, dh0, dc0 = _ops.layer_backward(
+            output = operators.layer(ctx.cell, input, weights, *call, False)[0]
+        dinput, dweights, dh0, dc0 = operators.layer_backward(
             ctx.cell, *grads, input, output, cells, saved, weights, *call, list(map(int, wanted))
         )
         found = zip((dinput, dh0, dc0, *dweights), wanted, strict=True)
-        return (None, None, None, None, *(g if want else None for g, want in found))
+        return (None, None, None, None, None, *(g if want else None for g, want in found))
 
 
 def step(
     cell: str, input: Tensor, weights: Sequence[Tensor], h: Tensor | None, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One step of ``layer``: input [B, I], h and c [B, H] or None -> h' and c'."""
-    if not torch.compiler.is_compiling() and _ops.resolve((input, h, c, *weights)) == "native":
-        return native_step(cell, input, weights, h, c)
+    if not torch.compiler.is_compiling():
+        backend = _backend.resolve((input, h, c, *weights))
+        if backend != "reference":
+            return step_of(backend, cell, input, weights, h, c)
     data, h0, c0 = _with_time(input, h, c)
     _, h_n, c_n = layer(cell, data, weights, h0, c0, None, 1, 0)
     return h_n.squeeze(0), c_n.squeeze(0)
 
 
-def native_step(
-    cell: str, input: Tensor, weights: Sequence[Tensor], h: Tensor | None, c: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``step`` for tensors that the native kernels take."""
+def step_of(
+    backend: str, cell: str, input: Tensor, weights: Sequence[Tensor], h: Tensor | None,
+    c: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``step`` for tensors that the kernels of this backend take."""
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, h, c, *weights)
     ):
-        results: tuple[Tensor, Tensor] = Step.apply(cell, input, h, c, *weights)
+        results: tuple[Tensor, Tensor] = Step.apply(backend, cell, input, h, c, *weights)
         return results
     data, h0, c0 = _with_time(input, h, c)
-    _, h_n, c_n, _, _ = _ops.layer(cell, data, weights, h0, c0, None, 1, 0, False)
+    run = _ops.operators(backend).layer
+    _, h_n, c_n, _, _ = run(cell, data, weights, h0, c0, None, 1, 0, False)
     return h_n.squeeze_(0), c_n.squeeze_(0)  # in place: no views
 
 
 class Step(Function):
-    """``step`` on the native kernels."""
+    """``step`` on the kernels of a backend."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        cell, input, h, c, *weights = arguments
+        backend, cell, input, h, c, *weights = arguments
         data, h0, c0 = _with_time(input, h, c)
-        output, h_n, c_n, cells, saved = _ops.layer(
+        output, h_n, c_n, cells, saved = _ops.operators(backend).layer(
             cell, data, weights, h0, c0, None, 1, 0, True
         )
         ctx.save_for_backward(input, h, c, output, cells, saved, *weights)
-        ctx.cell = cell
+        ctx.backend, ctx.cell = backend, cell
         ctx.set_materialize_grads(False)
         return h_n.squeeze_(0), c_n.squeeze_(0)  # no views: the user may change them in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
+        wanted = ctx.needs_input_grad[2:]
         if all(g is None for g in grads):
-            return (None,) * (1 + len(wanted))
+            return (None,) * (2 + len(wanted))
         input, h, c, output, cells, saved, *weights = ctx.saved_tensors
-        if _differentiates_reference(input, grads):
+        if _differentiates_reference(ctx.backend, input, grads):
 
             def run() -> list[Tensor]:
                 data, h0, c0 = _with_time(input, h, c)
                 results = reference.layer(ctx.cell, data, weights, h0, c0, None, 1, 0)
                 return [results[1].squeeze(0), results[2].squeeze(0)]
 
-            return None, *_reference_gradients(run, grads, (input, h, c, *weights), wanted)
+            return None, None, *_reference_gradients(run, grads, (input, h, c, *weights), wanted)
         data, h0, c0 = _with_time(input, h, c)
-        dinput, dweights, dh, dc = _ops.layer_backward(
+        dinput, dweights, dh, dc = _ops.operators(ctx.backend).layer_backward(
             ctx.cell, None, *_with_time(*grads), data, output, cells, saved, weights, h0, c0,
             None, 1, 0, list(map(int, wanted)),
         )  # fmt: skip
         found = (dinput.squeeze_(0), dh.squeeze_(0), dc.squeeze_(0), *dweights)
-        return None, *(g if want else None for g, want in zip(found, wanted, strict=True))
+        return None, None, *(g if want else None for g, want in zip(found, wanted, strict=True))
 
 
 def _with_time(*tensors: Tensor | None) -> list[Any]:
@@ -179,13 +188,15 @@ def _version_counter(tensor: Tensor) -> Tensor:
     return counter
 
 
-def _differentiates_reference(input: Tensor, grads: Sequence[Tensor | None]) -> bool:
+def _differentiates_reference(
+    backend: str, input: Tensor, grads: Sequence[Tensor | None]
+) -> bool:
     """Whether a backward pass is PyTorch's own derivative of the reference: where it is to be
     differentiated itself, and where the kernels cannot run, which is reported."""
-    why_not = _ops.why_not_native((input, *grads))  # what was saved was asked in forward
-    if why_not is not None:
-        _ops.report(why_not)
-    return why_not is not None or torch.is_grad_enabled()
+    reason = _backend.why_not(backend, (input, *grads))  # what was saved was asked in forward
+    if reason is not None:
+        _backend.report(reason)
+    return reason is not None or torch.is_grad_enabled()
 
 
 def _reference_gradients(
@@ -210,4 +221,4 @@ def _reference_gradients(
     return [next(found) if want else None for want in wanted]
 
 
-__all__ = ["layer", "native_layer", "native_step", "step"]
+__all__ = ["layer", "layer_of", "step", "step_of"]

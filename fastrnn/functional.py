@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _ops, checks, layers, reference
-from .autograd import native_step, step
+from . import _backend, checks, layers, reference
+from .autograd import step, step_of
 
 
 def rnn(
@@ -213,11 +213,11 @@ def _cell(
         isinstance(own, tuple)
         and len(own) == 1 + lstm_like
         and len(weights) != 3
-        and _ops.is_plain_native_on(input, *own, *weights)
+        and _backend.is_plain_native_on(input, *own, *weights)
         and input.dim() == 2
     ):
         try:
-            return native_step(cell, input, weights, *(*own, None)[:2])
+            return step_of("native", cell, input, weights, *(*own, None)[:2])
         except RuntimeError as error:
             failure = error  # raised below, unless the checks name an argument
     if lstm_like and isinstance(hx, Tensor):

@@ -1,9 +1,9 @@
 """`python -m fastrnn.info`: what is installed here, how it was built, and what will run.
 
-`python -m fastrnn.info --explain T B I H CELL DTYPE DEVICE [--bidirectional] [--kernel NAME]` tells
-how a layer of this shape would run on a GPU, which does not have to be there: the kernel, its sizes
-and the reasons against the others. DEVICE is cuda, for the GPU that is there, or one of a100, l40s,
-h100, h200, b200.
+`python -m fastrnn.info --explain T B I H CELL DTYPE DEVICE [--bidirectional] [--kernel NAME]
+[--backend NAME]` tells how a layer of this shape would run on a GPU, which does not have to be
+there: the kernel, its sizes and the reasons against the others. DEVICE is cuda, for the GPU that is
+there, or one of a100, l40s, h100, h200, b200; the backend is native or triton.
 
 Works in every installation, also one without the native part, and needs no compiler. A setting that
 cannot be met is reported where other programs stop.
@@ -17,14 +17,15 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastrnn
-from fastrnn import _ops, cuda_graphs
+from fastrnn import _backend, _ops, cuda_graphs
+from fastrnn.reference import CELLS
 
 
 def report() -> str:
@@ -50,7 +51,7 @@ def backend_in_use(device: str = "cpu") -> str:
         RuntimeError: the backend asked for cannot run there.
     """
     asked = fastrnn.get_backend()
-    used = _ops.resolve([torch.empty(0, device=device)])
+    used = _backend.resolve([torch.empty(0, device=device)])
     words = [used] if used != asked else []
     if used == "native" and torch.device(device).type == "cpu":
         words.append(importlib.import_module("fastrnn._C").cpu_isa())
@@ -93,13 +94,13 @@ def _cpu() -> list[tuple[str, str]]:
 
 def _backends() -> list[tuple[str, str]]:
     rows = [("selected", fastrnn.get_backend())]
-    for name, reason in _ops.backends().items():
+    for name, reason in _backend.backends().items():
         rows.append((name, "available" if reason is None else f"not available: {reason}"))
     return rows
 
 
 def _environment() -> list[tuple[str, str]]:
-    mistakes, rows = _ops.environment_errors, []
+    mistakes, rows = _backend.environment_errors, []
     for name in ("FASTRNN_BACKEND", "FASTRNN_CPU_ISA"):
         value = os.environ.get(name, "not set")
         rows.append((name, f"{value}; {mistakes[name]}" if name in mistakes else value))
@@ -120,7 +121,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def explain(
     T: int, B: int, I: int, H: int, cell: str, dtype: str, device: str,  # noqa: E741
-    bidirectional: bool = False, kernel: str = "auto",
+    bidirectional: bool = False, kernel: str = "auto", backend: str = "native",
 ) -> str:  # fmt: skip
     """How a layer would run on a GPU: what ``python -m fastrnn.info --explain`` prints.
 
@@ -131,20 +132,61 @@ def explain(
         dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
         device: ``"cuda"``, the GPU that is there, or the name of one.
         kernel: ``"auto"``, or the one that is asked for.
+        backend: ``"native"`` or ``"triton"``.
 
     Raises:
-        RuntimeError: the native part is missing, or ``"cuda"`` and there is no GPU.
+        RuntimeError: the backend is not available, or ``"cuda"`` and there is no GPU.
         ValueError: unknown cell, dtype, device or kernel, or a kernel that cannot run it.
     """
+    if backend not in ("native", "triton"):
+        raise ValueError(f"unknown backend {backend!r}, expected native or triton")
+    if cell not in CELLS:
+        raise ValueError(f"unknown cell {cell!r}, expected one of {', '.join(CELLS)}")
+    if dtype not in ("float32", "float64", "bfloat16", "float16"):
+        raise ValueError(f"unknown dtype {dtype!r}, expected float32, float64, bfloat16 or float16")
+    size, D = getattr(torch, dtype).itemsize, 1 + bidirectional
+    if backend == "triton":
+        rows = _triton_plan(B, H, D, cell, size, device, kernel)
+    else:
+        rows = _native_plan(T, B, I, H, D, cell, size, device, kernel)
+    directions = ", both directions" if bidirectional else ""
+    title = f"{cell} {dtype} T={T} B={B} I={I} H={H}{directions} on {device}"
+    return f"{title}\n{_table(rows)}"
+
+
+def _triton_plan(
+    B: int, H: int, D: int, cell: str, size: int, device: str, kernel: str
+) -> list[tuple[str, str]]:
+    reason = _backend.triton_error()
+    if reason is not None:
+        raise RuntimeError(f"plans of the Triton backend are made by it: {reason}")
+    plans = importlib.import_module("fastrnn.triton.plan")
+    if device in plans.GPUS:
+        gpu = plans.GPUS[device]
+    else:
+        facts = _gpu_facts(plans.GPUS, device)
+        gpu = plans.Gpu(facts["multiprocessors"], facts["shared_bytes"])
+    tf32 = size == 4 and cuda_graphs.allows_tf32()
+    shape = plans.Shape(CELLS[cell].gates, B, H, D, size, False, tf32)
+    if kernel not in ("auto", *plans.KERNELS):
+        names = ", ".join(("auto", *plans.KERNELS))
+        raise ValueError(f"unknown kernel {kernel!r}, expected one of {names}")
+    plan = plans.make_plan(shape, gpu, plans.asked_kernel() if kernel == "auto" else kernel)
+    return [
+        ("kernel", f"{plan.kernel}: {plan.why}"),
+        ("tiles", f"{plan.tiles()}; {plan.warps} warps, {plan.stages} stages"),
+        *(("not", reason) for reason in plan.against),
+    ]
+
+
+def _native_plan(
+    T: int, B: int, I: int, H: int, D: int, cell: str, size: int, device: str,  # noqa: E741
+    kernel: str,
+) -> list[tuple[str, str]]:  # fmt: skip
     if _ops.native_error is not None:
         raise RuntimeError(f"plans are made by the native part: {_ops.native_error}")
     native = importlib.import_module("fastrnn._C")
-    if cell not in native.cells():
-        raise ValueError(f"unknown cell {cell!r}, expected one of {', '.join(native.cells())}")
-    if dtype not in ("float32", "float64", "bfloat16", "float16"):
-        raise ValueError(f"unknown dtype {dtype!r}, expected float32, float64, bfloat16 or float16")
     facts = _gpu_facts(native.gpus(), device)
-    size = getattr(torch, dtype).itemsize
     disabled = _is_set("FASTRNN_DISABLE_PERSISTENT")
     if disabled and kernel.startswith("persistent"):
         raise ValueError(f"kernel {kernel!r} cannot run this: FASTRNN_DISABLE_PERSISTENT=1")
@@ -154,14 +196,14 @@ def explain(
         facts = facts | {"multiprocessors": min(facts["multiprocessors"], int(most))}
     plan, backward = (
         native.plan(
-            cell=cell, T=T, B=B, I=I, H=H, D=1 + bidirectional, item_bytes=size, gpu=facts,
+            cell=cell, T=T, B=B, I=I, H=H, D=D, item_bytes=size, gpu=facts,
             kernel=kernel, persistent=_is_set("FASTRNN_PERSISTENT") and not disabled,
             tf32=cuda_graphs.allows_tf32(), backward=is_backward,
         )
         for is_backward in (False, True)
     )  # fmt: skip
     of = "block" if plan["kernel"].startswith("persistent") else "direction"
-    rows = [
+    return [
         ("kernel", f"{plan['kernel']}: {plan['why']}"),
         ("backward", f"{backward['kernel']}: {backward['why']}"),
         ("gate kernel", f"{plan['units']} units a thread, {plan['threads']} threads a {of}"),
@@ -171,9 +213,6 @@ def explain(
         ("weights", plan["weights"]),
         *(("not", reason) for reason in plan["against"]),
     ]
-    directions = ", both directions" if bidirectional else ""
-    title = f"{cell} {dtype} T={T} B={B} I={I} H={H}{directions} on {device}"
-    return f"{title}\n{_table(rows)}"
 
 
 def _is_set(variable: str) -> bool:
@@ -183,7 +222,7 @@ def _is_set(variable: str) -> bool:
     return value == "1"
 
 
-def _gpu_facts(known: dict[str, dict[str, Any]], device: str) -> dict[str, Any]:
+def _gpu_facts(known: Mapping[str, Any], device: str) -> dict[str, Any]:
     if device in known:
         return known[device]
     if device != "cuda":
@@ -206,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--explain", nargs=7, metavar=names)
     parser.add_argument("--bidirectional", action="store_true", help="with --explain")
     parser.add_argument("--kernel", default="auto", help="with --explain: the one asked for")
+    parser.add_argument("--backend", default="native", help="with --explain: native or triton")
     options = parser.parse_args(arguments)
     if options.explain is None:
         print(report())
@@ -213,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     *sizes, cell, dtype, device = options.explain
     try:
         T, B, I, H = map(int, sizes)  # noqa: E741
-        print(explain(T, B, I, H, cell, dtype, device, options.bidirectional, options.kernel))
+        given = (options.bidirectional, options.kernel, options.backend)
+        print(explain(T, B, I, H, cell, dtype, device, *given))
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     return 0

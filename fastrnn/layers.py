@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _ops, checks
-from .autograd import layer, native_layer
+from . import _backend, checks
+from .autograd import layer, layer_of
 from .checks import LayerSpec
 
 
@@ -67,7 +67,7 @@ def _is_plain(spec: LayerSpec, input: Any, weights: Sequence[Tensor], hx: Any) -
         and input.dim() == 3
         and isinstance(states, tuple)
         and len(states) == (0 if hx is None else 1 + spec.has_c)
-        and _ops.is_plain_native_on(input, *states, *weights)
+        and _backend.is_plain_native_on(input, *states, *weights)
         and [tuple(w.shape) for w in weights] == spec.weight_shapes
     )
 
@@ -79,8 +79,8 @@ def _plain_layer(
     data = input.transpose(0, 1) if batch_first else input
     h0, c0 = (hx or (None, None)) if spec.has_c else (hx, None)
     direction = 2 if spec.directions == 2 else 0
-    output, h_n, c_n = native_layer(
-        spec.cell, data, weights, h0, c0, None, spec.directions, direction
+    output, h_n, c_n = layer_of(
+        "native", spec.cell, data, weights, h0, c0, None, spec.directions, direction
     )
     return output.transpose(0, 1) if batch_first else output, (h_n, c_n) if spec.has_c else h_n
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _ops, checks
+from . import _backend, _ops, checks
 from .checks import LayerSpec
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def direct_call(
     )  # fmt: skip
     stored = [(name in module._parameters, name) for name in names]
     return extension.DirectCall(
-        _ops.plain_calls, _ops.python_tensors, description_of(module), stored, kind
+        _backend.plain_calls, _ops.python_tensors, description_of(module), stored, kind
     )
 
 
@@ -90,7 +90,7 @@ def _run(module: Any, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any]
     if result is None:
         if torch.is_grad_enabled() or type(input) is not Tensor or not input.is_cpu:
             return None
-        if not _ops.is_plain_native():
+        if not _backend.is_plain_native():
             return None
         if module.training and attributes.get("dropout"):
             return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn import _ops
+from fastrnn import _backend, _ops
 from fastrnn.parity import compare, error, run_layer, with_gradients
 
 __all__ = [
@@ -57,7 +57,7 @@ def check_identical(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 def engines() -> list[str]:
     """Everything that can compute a layer on this CPU: "native-" + instruction set, "reference"."""
     names = ["reference"]
-    if _ops.backends()["native"] is None:
+    if _backend.backends()["native"] is None:
         names += [f"native-{isa}" for isa in importlib.import_module("fastrnn._C").cpu_isas()]
     return names
 

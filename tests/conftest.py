@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before Triton is imported: its kernels then run in Python
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from compare import engines, poisoned_memory, use_engine
 

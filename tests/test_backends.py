@@ -20,8 +20,11 @@ from drop_in import CELLS, LAYERS, build, states
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import _ops
+from fastrnn import _backend, _ops
 
+needs_triton = pytest.mark.skipif(
+    _backend.triton_error() is not None, reason=str(_backend.triton_error())
+)
 needs_native = pytest.mark.skipif(_ops.native_error is not None, reason=str(_ops.native_error))
 
 
@@ -60,7 +63,7 @@ def python(code: str, path: Path | None = None, **environment: str) -> tuple[int
 
     With ``path``, fastrnn is the one in that folder. Returns exit status, output and errors.
     """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("FASTRNN")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTRNN", "TRITON"))}
     if path is not None:
         code = WITHOUT_EDITABLE_INSTALL + code
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, (str(path), kept.get("PYTHONPATH"))))
@@ -98,10 +101,11 @@ print(fastrnn.get_backend())
 
 
 def test_every_backend_is_listed_with_its_reason() -> None:
-    found = _ops.backends()
-    assert set(found) == {"native", "reference"}
+    found = _backend.backends()
+    assert set(found) == {"native", "triton", "reference"}
     assert found["reference"] is None
     assert found["native"] == _ops.native_error
+    assert found["triton"] == _backend.triton_error()
 
 
 @needs_native
@@ -135,7 +139,7 @@ def test_backward_runs_where_its_forward_ran() -> None:
 
 @pytest.mark.parametrize("name", ["", "cuda", "Native", "reference "])
 def test_unknown_name(name: str) -> None:
-    message = f"unknown backend {name!r}, expected one of auto, native, reference"
+    message = f"unknown backend {name!r}, expected one of auto, native, triton, reference"
     with pytest.raises(ValueError, match=message):
         fastrnn.set_backend(name)
     with pytest.raises(ValueError, match=message), fastrnn.use_backend(name):
@@ -212,7 +216,7 @@ def test_environment_sets_the_backend(backend: str) -> None:
 def test_environment_with_unknown_backend() -> None:
     code, _, errors = python("import fastrnn", FASTRNN_BACKEND="fast")
     assert code == 1
-    assert "unknown backend 'fast', expected one of auto, native, reference" in errors
+    assert "unknown backend 'fast', expected one of auto, native, triton, reference" in errors
 
 
 @needs_native
@@ -292,6 +296,34 @@ def test_environment_asks_for_what_is_not_there(pure: Path) -> None:
     assert code == 1
     assert "backend 'native' is not available: fastrnn was installed without" in errors
     assert python(RUN, pure, FASTRNN_BACKEND="reference") == (0, "reference", "")
+
+
+@needs_triton
+def test_pure_install_runs_on_triton(pure: Path) -> None:
+    """In Triton's interpreter, as there is no GPU: what a pure-Python install runs on one."""
+    seen = RUN + "from fastrnn import _backend\nprint(_backend.resolve([x]))"
+    code, out, errors = python(seen, pure, FASTRNN_BACKEND="triton", TRITON_INTERPRET="1")
+    assert (code, out) == (0, "triton\ntriton"), errors
+    assert "Warning: fastrnn" not in errors
+
+
+@needs_triton
+def test_triton_is_not_for_the_cpu(pure: Path) -> None:
+    """Chosen by itself on a GPU only, the interpreter not at all; refused where asked for."""
+    code, out, errors = python(RUN, pure, TRITON_INTERPRET="1")
+    assert (code, out) == (0, "auto"), errors
+    assert errors.count("fastrnn runs its slow reference") == 1
+    code, _, errors = python(RUN, pure, FASTRNN_BACKEND="triton")
+    assert code == 1
+    assert "backend 'triton' cannot run this: the Triton kernels are for GPUs" in errors
+
+
+def test_without_triton(pure: Path) -> None:
+    hide = "import sys; sys.modules['triton'] = None\n"
+    code, _, errors = python(hide + "import fastrnn\nfastrnn.set_backend('triton')", pure)
+    assert code == 1
+    assert "backend 'triton' is not available: Triton is not installed" in errors
+    assert python(hide + RUN, pure, FASTRNN_BACKEND="reference") == (0, "reference", "")
 
 
 def test_no_warning_when_native_runs() -> None:

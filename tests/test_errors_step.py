@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrnn import _ops
+from fastrnn import _backend, _ops
 
 if TYPE_CHECKING:
     from fastrnn._C import DirectCall
@@ -56,7 +56,7 @@ def call(
     extension = importlib.import_module("fastrnn._C")
     named = {str(i): weight for i, weight in enumerate(weights)}
     direct: DirectCall = extension.DirectCall(
-        _ops.plain_calls, _ops.python_tensors, {}, [(True, name) for name in named],
+        _backend.plain_calls, _ops.python_tensors, {}, [(True, name) for name in named],
         extension.StepKind(**kind),
     )  # fmt: skip
     given = state if state != () else (h, c)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 import fastrnn
 from cases import CELLS, Case, Problem, build
 from compare import check, error
-from fastrnn import _ops
+from fastrnn import _backend
 from fastrnn.parity import EPS
 
 pytestmark = [
@@ -267,7 +267,7 @@ def directional_derivative(layer: torch.nn.Module, input: Tensor, tangent: Tenso
 
 @pytest.fixture(params=["auto", "native", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if _ops.backends().get(request.param) is not None:
+    if _backend.backends().get(request.param) is not None:
         pytest.skip("no native extension")
     with fastrnn.use_backend(request.param):
         yield request.param

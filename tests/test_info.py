@@ -12,7 +12,7 @@ import torch
 from test_backends import python
 
 import fastrnn
-from fastrnn import _ops, info
+from fastrnn import _backend, _ops, info
 
 needs_native = pytest.mark.skipif(_ops.native_error is not None, reason=str(_ops.native_error))
 
@@ -33,7 +33,7 @@ def test_report_names_the_versions():
 
 def test_report_lists_every_backend_and_why_one_is_missing():
     text = info.report()
-    for name, reason in _ops.backends().items():
+    for name, reason in _backend.backends().items():
         expected = "available" if reason is None else f"not available: {reason}"
         assert value_of("backends", name, text) == expected
 

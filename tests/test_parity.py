@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastrnn
 from compare import check
-from fastrnn import _ops, parity
+from fastrnn import _backend, _ops, parity
 from fastrnn.parity import EPS, Sampler, compare, error, run_case
 
 
@@ -69,7 +69,7 @@ def test_fallback_to_the_reference_is_said(
 ) -> None:
     """Other warnings than torch.nn's own about projections are let through."""
     monkeypatch.setattr(_ops, "native_error", "built for the test without it")
-    monkeypatch.setattr(_ops, "_warned", set())
+    monkeypatch.setattr(_backend, "_warned", set())
     monkeypatch.setattr(parity, "_CELLS", {"LSTM proj": parity._CELLS["LSTM proj"]})
     with pytest.warns(UserWarning, match="slow reference .* built for the test") as caught:
         assert parity.main(["--dtype", "float32"]) == 0

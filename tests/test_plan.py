@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastrnn import _ops, info
+from fastrnn import _backend, _ops, info
 
 pytestmark = pytest.mark.skipif(_ops.native_error is not None, reason=str(_ops.native_error))
 
@@ -246,4 +246,4 @@ def test_wrong_questions(
     ],
 )  # fmt: skip
 def test_architectures(built: str, capability: tuple[int, int], runs: bool) -> None:
-    assert _ops._runs(built, capability) == runs
+    assert _backend._runs(built, capability) == runs

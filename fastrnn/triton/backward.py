@@ -1,0 +1,144 @@
+"""The backward pass of a layer, and the gradients that products over all steps give. Dimension key,
+and the arrays of a pass: csrc/scan.h."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import resident, steps, streamed
+from .launch import multiply
+from .passes import Pass
+from .problem import Problem
+
+KERNELS = {"resident": resident.resident_backward, "streamed": streamed.streamed_backward}
+
+
+class BackwardPass(Pass):
+    """The gradients of the products along time, and of the initial states."""
+
+    def __init__(
+        self, p: Problem, grads: Sequence[Tensor | None], kept: Sequence[Tensor],
+        h0: Tensor | None, c0: Tensor | None,
+    ) -> None:  # fmt: skip
+        super().__init__(p)
+        doutput, dh_n, dc_n = grads
+        output, cells, saved = kept
+        p.check(doutput, "doutput", [*p.leading, p.D * p.P])
+        p.check(output, "output", [*p.leading, p.D * p.P])
+        p.check(cells, "cells", [p.D, p.N, p.H] if p.info.has_c else [0], p.compute)
+        p.check(saved, "saved", [p.D, p.N, p.A * p.H])
+        self.doutput = None if doutput is None else doutput.contiguous()
+        self.output, self.cells, self.saved = (t.contiguous() for t in kept)
+        self.h0 = p.state(h0, "h0", p.P, p.dtype)
+        self.c0 = p.state(c0, "c0", p.H, p.dtype) if p.info.has_c else self.h0
+        self.dh = p.state(dh_n, "dh_n", p.P, p.compute)
+        self.dc = p.state(dc_n, "dc_n", p.H, p.compute) if p.info.has_c else self.dh
+        self.dgates = p.make(p.D, p.N, p.G * p.H)
+        self.drecurrent = p.make(p.D, p.N, p.G * p.H) if p.R else self.dgates
+        self.dprojected = p.make(p.D, p.N, p.P) if p.projected else self.dgates
+        self.unprojected = p.make(p.D, p.N, p.H) if p.projected else self.dgates
+
+    def run(self, wants_states: bool) -> None:
+        if self.p.N > 0:
+            self.run_steps(wants_states) if self.plan.kernel == "step" else self.run_sequence()
+
+    def common(self) -> dict[str, Any]:
+        p = self.p
+        return {
+            "doutput": self.output if self.doutput is None else self.doutput, "cells": self.cells,
+            "output": self.output, "saved": self.saved, "h0": self.h0, "c0": self.c0,
+            "dh": self.dh, "dc": self.dc, "dgates": self.dgates, "drecurrent": self.drecurrent,
+            "A": p.A, "HAS_DOUTPUT": self.doutput is not None,
+        }  # fmt: skip
+
+    def run_sequence(self) -> None:
+        given = self.common() | self.sequence_arguments()
+        self.launch(KERNELS[self.plan.kernel], **given)(self.sequence_grid())
+
+    def run_steps(self, wants_states: bool) -> None:
+        p = self.p
+        product = torch.zeros_like(self.dh)
+        inner, projected = product, product
+        if p.projected:
+            inner = p.make(p.D, p.B, p.H, dtype=p.compute)
+            projected = p.make(p.D, p.B, p.P, dtype=p.compute)
+            projections = [own.hr.to(p.compute) for own in p.groups if own.hr is not None]
+        gates = self.launch(
+            steps.gates_backward, product=product, inner=inner, unprojected=self.unprojected,
+            N=p.N, H=p.H, CELL=p.cell, PROJECTED=p.projected, **self.common(),
+        )  # fmt: skip
+        project = self.launch(
+            steps.project_backward, doutput=self.common()["doutput"], product=product, dh=self.dh,
+            projected=projected, dprojected=self.dprojected, N=p.N, P=p.P,
+            HAS_DOUTPUT=self.doutput is not None,
+        )  # fmt: skip
+        for s in reversed(range(p.T)):
+            rows, before = self.rows(s), self.rows(s - 1)
+            places = [
+                (rows["row1"], rows["count1"]) if p.reverse(d) else (rows["row0"], rows["count0"])
+                for d in range(p.D)
+            ]
+            if p.projected:
+                project(self.step_grid(self.most(s), p.P), **rows)
+                for d, (_, n) in enumerate(places):
+                    multiply(inner[d, :n], projected[d, :n], projections[d])
+            gates(
+                self.step_grid(self.most(s), p.H), **rows,
+                before0=before["row0"], before1=before["row1"],
+                count_before0=before["count0"], count_before1=before["count1"],
+            )  # fmt: skip
+            if s > 0 or wants_states:
+                for d, (row, n) in enumerate(places):
+                    dr = self.drecurrent[d, row : row + n]
+                    multiply(product[d, :n], dr, p.groups[d].hh)
+        self.dh += product
+
+    # The gradients of group d, from those of its products along time.
+
+    def weight_ih(self, d: int, input: Tensor) -> Tensor:
+        """dW_ih [G * H, I] = sum over time of dx_t input_t^T"""
+        return self.dgates[d].t() @ input
+
+    def weight_hh(self, d: int) -> Tensor:
+        """dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T"""
+        return self.drecurrent[d].t() @ self.states_before(d)
+
+    def bias(self, d: int, recurrent: bool) -> Tensor:
+        """db_ih [G * H] = sum over time of dx_t; db_hh that of dr_t"""
+        p = self.p
+        terms = self.drecurrent[d] if recurrent else self.dgates[d]
+        return terms.sum(0, dtype=p.compute).to(p.dtype)
+
+    def weight_hr(self, d: int) -> Tensor:
+        """dW_hr [P, H] = sum over time of dh_t (o tanh c)_t^T"""
+        return self.dprojected[d].t() @ self.unprojected[d]
+
+    def input(self) -> Tensor:
+        """dinput [N, I] = sum over groups of dx W_ih"""
+        p = self.p
+        sums = p.make(p.N, p.I, dtype=p.compute)
+        for d, own in enumerate(p.groups):
+            part = torch.empty_like(sums) if d else sums
+            multiply(part, self.dgates[d], own.ih)
+            sums = sums if d == 0 else sums.add_(part)
+        return sums.to(p.dtype)
+
+    def states_before(self, d: int) -> Tensor:
+        """The h that entered each row of data [N, P]."""
+        p, h = self.p, self.output.view(self.p.N, self.p.D, self.p.P)[:, d]
+        reverse = p.reverse(d)
+        if not p.packed:
+            rest = p.N - p.B
+            return torch.cat([h[p.B :], self.h0[d]] if reverse else [self.h0[d], h[:rest]])
+        rows = torch.arange(p.N)
+        step = torch.repeat_interleave(torch.arange(p.T), torch.tensor(p.counts))
+        offsets = torch.tensor(p.offsets)
+        b = rows - offsets[step]
+        other = step + 1 if reverse else step - 1
+        counts = torch.tensor([*p.counts, 0])  # of the steps behind the last and before the first
+        source = torch.where(b < counts[other], offsets[other] + b, p.N + b)
+        return torch.cat([h, self.h0[d]]).index_select(0, source.to(p.device))

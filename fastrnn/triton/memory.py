@@ -1,0 +1,166 @@
+"""Where the numbers of a step lie, and a cell's step on them: what all kernels have in common.
+
+Dimension key: csrc/scan.h. A tile is BLOCK_B rows and BLOCK_H hidden units of a group; `mask` tells
+which of its elements there are. Arrays: gates [D, room, G, H], the input products of the rows of
+some steps; bias [D, G + R, H]; states [D, B, H]; output and doutput [N, D, H]; cells [D, N, H];
+saved [D, N, A, H]; dgates, and where R > 0 drecurrent, [D, N, G, H]. Offsets are of 64 bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import cells as cell_maths
+
+
+@triton.jit
+def is_reversed(d, D, direction):
+    """direction: 0 forward, 1 reverse, 2 the second half of the groups in reverse."""
+    return (direction == 1) | ((direction == 2) & (2 * d >= D))
+
+
+@triton.jit
+def first_row(PACKED: tl.constexpr, offsets, t, B):
+    """Of the rows of step t."""
+    if PACKED:
+        row = tl.load(offsets + t)
+    else:
+        row = t.to(tl.int64) * B
+    return row
+
+
+@triton.jit
+def steps_of_tile(PACKED: tl.constexpr, lengths, b, first, end, T, reverse):
+    """Those of [first, end) in which the row b, the longest of a tile, takes part."""
+    if PACKED:
+        length = tl.load(lengths + b).to(tl.int32)
+        first = tl.where(reverse, tl.maximum(first, T - length), first)
+        end = tl.where(reverse, end, tl.minimum(end, length))
+    return first, end
+
+
+@triton.jit
+def load(COMPUTE: tl.constexpr, pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def load_each(COMPUTE: tl.constexpr, COUNT: tl.constexpr, pointers, H, mask):
+    """Tiles that lie H elements apart."""
+    tiles = ()
+    for k in tl.static_range(COUNT):
+        tiles = tiles + (load(COMPUTE, pointers + k * H, mask),)
+    return tiles
+
+
+@triton.jit
+def store(pointers, tile, mask):
+    tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_each(pointers, tiles, H, mask):
+    for k in tl.static_range(len(tiles)):
+        store(pointers + k * H, tiles[k], mask)
+
+
+@triton.jit
+def add_bias(COMPUTE: tl.constexpr, OWN: tl.constexpr, x, r, bias, H, mask):
+    """The first G biases belong to x, the others to the last OWN of r."""
+    G: tl.constexpr = len(x)
+    b = load_each(COMPUTE, G + OWN, bias, H, mask)
+    xs = ()
+    for k in tl.static_range(G):
+        xs = xs + (x[k] + b[k][None, :],)
+    rs = ()
+    for k in tl.static_range(G - OWN):
+        rs = rs + (r[k],)
+    for k in tl.static_range(OWN):
+        rs = rs + (r[G - OWN + k] + b[G + k][None, :],)
+    return xs, rs
+
+
+@triton.jit
+def step_forward(
+    CELL: tl.constexpr, OWN: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr,
+    COMPUTE: tl.constexpr, gates, bias, cells, saved, row, gates_row, j, d, N, room, H, r, h, c,
+    mask,
+):  # fmt: skip
+    """A step of the units j of a group's rows `row` [BLOCK_B], from the recurrent products and the
+    states: h' and c'. Keeps what the backward step needs."""
+    G: tl.constexpr = len(r)
+    at = (d * room + gates_row)[:, None] * (G * H) + j[None, :]
+    x = load_each(COMPUTE, G, gates + at, H, mask)
+    if HAS_BIAS:
+        x, r = add_bias(COMPUTE, OWN, x, r, bias + d * ((G + OWN) * H) + j, H, j < H)
+    h, c, activations = cell_maths.forward(CELL, x, r, h, c)
+    if SAVE:
+        A: tl.constexpr = len(activations)
+        at = (d * N + row)[:, None]
+        store_each(saved + at * (A * H) + j[None, :], activations, H, mask)
+        if CELL == "lstm":
+            store(cells + at * H + j[None, :], c, mask)
+    return h, c
+
+
+@triton.jit
+def states_before(
+    COMPUTE: tl.constexpr, output, states, stride, offset, row, has_before, b, j, d, B, H, mask
+):
+    """The states that entered a step: of the rows `row` of the step before in an array over time,
+    row r of which begins at r * stride + offset; of rows that begin with this step the initial
+    ones."""
+    at = row[:, None] * stride + offset + j[None, :]
+    earlier = load(COMPUTE, output + at, mask & has_before[:, None])
+    at = (d * B + b)[:, None] * H + j[None, :]
+    initial = load(COMPUTE, states + at, mask & (has_before == 0)[:, None])
+    return tl.where(has_before[:, None], earlier, initial)
+
+
+@triton.jit
+def step_backward(
+    CELL: tl.constexpr, A: tl.constexpr, COMPUTE: tl.constexpr, output, cells, saved, h0, c0,
+    dgates, drecurrent, unprojected, row, row_before, has_before, b, j, d, N, B, D, H,
+    PROJECTED: tl.constexpr, dh, dc, mask,
+):  # fmt: skip
+    """A backward step of the units j of a group's rows `row`, from the gradients of h and c after
+    it: dr, and dh and dc before it, without what passes through the recurrent product. Writes the
+    gradients of both products, and with a projection the h that went into it."""
+    at = (d * N + row)[:, None]
+    activations = load_each(COMPUTE, A, saved + at * (A * H) + j[None, :], H, mask)
+    h_after = dh
+    h_before = dh
+    c_after = dc
+    c_before = dc
+    if CELL == "lstm":
+        c_after = load(COMPUTE, cells + at * H + j[None, :], mask)
+        c_before = states_before(
+            COMPUTE, cells, c0, H, d * N * H, row_before, has_before, b, j, d, B, H, mask
+        )
+        if PROJECTED:
+            hidden = cell_maths.lstm_hidden(activations, c_after)
+            store(unprojected + at * H + j[None, :], hidden, mask)
+    elif CELL == "gru":
+        h_before = states_before(
+            COMPUTE, output, h0, D * H, d * H, row_before, has_before, b, j, d, B, H, mask
+        )
+    else:
+        h_after = load(COMPUTE, output + row[:, None] * (D * H) + d * H + j[None, :], mask)
+    dx, dr, dh, dc = cell_maths.backward(
+        CELL, activations, h_before, c_before, h_after, c_after, dh, dc
+    )
+    G: tl.constexpr = len(dx)
+    store_each(dgates + at * (G * H) + j[None, :], dx, H, mask)
+    if CELL == "gru":
+        store_each(drecurrent + at * (G * H) + j[None, :], dr, H, mask)
+    return dr, dh, dc
+
+
+@triton.jit
+def place_before(PACKED: tl.constexpr, offsets, length, t, b, T, B, reverse):
+    """The rows of the step that a group runs before step t, and which of them there are."""
+    before = tl.where(reverse, t + 1, t - 1)
+    has_before = (before >= 0) & (before < length)
+    inside = tl.minimum(tl.maximum(before, 0), T - 1)
+    return first_row(PACKED, offsets, inside, B) + b, has_before

@@ -1,0 +1,148 @@
+"""Kernels of one step, beside a product of torch: any shape, dtype and projection.
+
+Computes  a step of csrc/scan.h's passes, but for its products
+Work      a program: BLOCK_B rows, BLOCK_H units of one group
+Memory    nothing is kept
+Requires  BLOCK_B and BLOCK_H powers of two
+Order     each element once: the same bits each time
+
+Beside the arrays of memory.py there are product [D, B, G, H] (backward: [D, B, P]), with a
+projection inner [D, B, H] (its input; backward: the gradient of that) and projected [D, B, P].
+Rows of a step: row, count of them, and of these in the chunk of gates; of groups that run forward
+(0) and in reverse (1).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .memory import (
+    is_reversed,
+    load,
+    load_each,
+    step_backward,
+    step_forward,
+    store,
+)
+
+VARYING = (
+    "row0", "row1", "count0", "count1", "begin0", "begin1", "before0", "before1", "count_before0",
+    "count_before1", "room", "N", "B", "D", "direction",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING[:6] + VARYING[10:])
+def gates_forward(
+    gates, bias, product, h, c, output, cells, saved, inner, row0, row1, count0, count1, begin0,
+    begin1, room, N, B, D, direction, H, CELL: tl.constexpr, G: tl.constexpr, OWN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The new c, and h; with a projection what is to be projected."""
+    d = tl.program_id(2).to(tl.int64)
+    reverse = is_reversed(d, D, direction)
+    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = (b < tl.where(reverse, count1, count0))[:, None] & (j < H)[None, :]
+    row = tl.where(reverse, row1, row0).to(tl.int64) + b
+    at = (d * B + b)[:, None]
+    r = load_each(COMPUTE, G, product + at * (G * H) + j[None, :], H, mask)
+    state = at * H + j[None, :]
+    h_old = r[0]
+    c_old = r[0]
+    if CELL == "gru":
+        h_old = load(COMPUTE, h + state, mask)
+    if CELL == "lstm":
+        c_old = load(COMPUTE, c + state, mask)
+    h_new, c_new = step_forward(
+        CELL, OWN, HAS_BIAS, SAVE, COMPUTE, gates, bias, cells, saved, row,
+        row - tl.where(reverse, begin1, begin0), j, d, N, room, H, r, h_old, c_old, mask,
+    )  # fmt: skip
+    if CELL == "lstm":
+        store(c + state, c_new, mask)
+    if PROJECTED:
+        store(inner + state, h_new, mask)
+    else:
+        store(h + state, h_new, mask)
+        store(output + row[:, None] * (D * H) + d * H + j[None, :], h_new, mask)
+
+
+@triton.jit(do_not_specialize=VARYING[:4] + VARYING[12:])
+def project_forward(
+    projected, h, output, row0, row1, count0, count1, B, D, direction, P, COMPUTE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The new h, which is `projected`, rounded."""
+    d = tl.program_id(2).to(tl.int64)
+    reverse = is_reversed(d, D, direction)
+    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = (b < tl.where(reverse, count1, count0))[:, None] & (j < P)[None, :]
+    row = tl.where(reverse, row1, row0).to(tl.int64) + b
+    at = (d * B + b)[:, None] * P + j[None, :]
+    h_new = load(COMPUTE, projected + at, mask)
+    store(h + at, h_new, mask)
+    store(output + row[:, None] * (D * P) + d * P + j[None, :], h_new, mask)
+
+
+@triton.jit(do_not_specialize=VARYING[:4] + VARYING[6:10] + VARYING[11:])
+def gates_backward(
+    doutput, output, cells, saved, h0, c0, product, dh, dc, dgates, drecurrent, unprojected, inner,
+    row0, row1, count0, count1, before0, before1, count_before0, count_before1, N, B, D, direction,
+    H, CELL: tl.constexpr, A: tl.constexpr, HAS_DOUTPUT: tl.constexpr, PROJECTED: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the products, of c before the step, and what of that of h does not pass
+    through the recurrent product; dh and product make up that of h after the step."""
+    d = tl.program_id(2).to(tl.int64)
+    reverse = is_reversed(d, D, direction)
+    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = (b < tl.where(reverse, count1, count0))[:, None] & (j < H)[None, :]
+    row = tl.where(reverse, row1, row0).to(tl.int64) + b
+    row_before = tl.where(reverse, before1, before0).to(tl.int64) + b
+    has_before = b < tl.where(reverse, count_before1, count_before0)
+    state = (d * B + b)[:, None] * H + j[None, :]
+    if PROJECTED:
+        dh_all = load(COMPUTE, inner + state, mask)
+    else:
+        dh_all = load(COMPUTE, dh + state, mask) + load(COMPUTE, product + state, mask)
+        if HAS_DOUTPUT:
+            at = row[:, None] * (D * H) + d * H + j[None, :]
+            dh_all += load(COMPUTE, doutput + at, mask)
+    dc_all = dh_all
+    if CELL == "lstm":
+        dc_all = load(COMPUTE, dc + state, mask)
+    _, dh_new, dc_new = step_backward(
+        CELL, A, COMPUTE, output, cells, saved, h0, c0, dgates, drecurrent, unprojected, row,
+        row_before, has_before, b, j, d, N, B, D, H, PROJECTED, dh_all, dc_all, mask,
+    )  # fmt: skip
+    tl.debug_barrier()  # another thread may have read what is written over
+    if not PROJECTED:
+        store(dh + state, dh_new, mask)
+    if CELL == "lstm":
+        store(dc + state, dc_new, mask)
+
+
+@triton.jit(do_not_specialize=VARYING[:4] + VARYING[11:])
+def project_backward(
+    doutput, product, dh, projected, dprojected, row0, row1, count0, count1, N, B, D, direction, P,
+    HAS_DOUTPUT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The whole gradient of h after the step: for the product with W_hr, and for that of W_hr."""
+    d = tl.program_id(2).to(tl.int64)
+    reverse = is_reversed(d, D, direction)
+    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = (b < tl.where(reverse, count1, count0))[:, None] & (j < P)[None, :]
+    row = tl.where(reverse, row1, row0).to(tl.int64) + b
+    state = (d * B + b)[:, None] * P + j[None, :]
+    dh_all = load(COMPUTE, dh + state, mask) + load(COMPUTE, product + state, mask)
+    if HAS_DOUTPUT:
+        at = row[:, None] * (D * P) + d * P + j[None, :]
+        dh_all += load(COMPUTE, doutput + at, mask)
+    store(projected + state, dh_all, mask)
+    store(dprojected + (d * N + row)[:, None] * P + j[None, :], dh_all, mask)
+    tl.debug_barrier()  # another thread may have read what is written over
+    store(dh + state, tl.zeros_like(dh_all), mask)

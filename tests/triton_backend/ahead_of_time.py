@@ -1,0 +1,142 @@
+"""Compiles every Triton kernel that passes launch, for a GPU that does not have to be there.
+
+    python tests/triton_backend/ahead_of_time.py ARCHITECTURE      # 80, 90 or 100
+
+Passes of fastrnn.triton run on the CPU with launches that compile instead: what is compiled is what
+would run, with its tiles. Prints a JSON object for each kernel. The compiler's results are kept in
+build/triton.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastrnn.reference import CELLS  # noqa: E402
+from fastrnn.triton import launch, passes, plan, scan  # noqa: E402
+
+# Architecture -> multiprocessors, and shared memory of a block at most (CUDA C++ Programming Guide,
+# technical specifications per compute capability: 163 and 227 KiB).
+GPUS = {80: plan.Gpu(108, 166912), 90: plan.Gpu(132, 232448), 100: plan.Gpu(148, 232448)}
+TYPES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64",
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64,
+          "float16": torch.float16, "bfloat16": torch.bfloat16}  # fmt: skip
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def compile_for(architecture: int, kernel: Any, options: dict[str, Any], given: Any) -> Any:
+    """As a launch with these arguments would: numbers that steps change are not specialised."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    tiles = {name: value for name, value in options.items() if name in kernel.arg_names}
+    values = given | tiles
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", values[name]
+        elif isinstance(values.get(name), torch.Tensor):
+            signature[name] = "*" + TYPES[values[name].dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if not parameter.do_not_specialize and values[name] % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={name: value for name, value in options.items() if name not in tiles},
+    )
+
+
+def resources(compiled: Any) -> dict[str, Any]:
+    """Registers of a thread, bytes of its stack (spilled registers), shared memory of a program."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], check=True, capture_output=True,
+            text=True,
+        ).stdout  # fmt: skip
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
+    return {
+        "registers": int(registers), "spilled": int(stack) + int(local),
+        "shared": compiled.metadata.shared, "mma": compiled.asm["ptx"].count("mma.sync"),
+        "barriers": compiled.asm["ptx"].count("bar.sync"),
+        "launch": f".entry {compiled.metadata.name}" in compiled.asm["ptx"],
+    }  # fmt: skip
+
+
+def shapes(architecture: int) -> Iterator[tuple[str, str, str, int, bool]]:
+    """Cell, dtype, kernel, H, projected."""
+    gpu = GPUS[architecture]
+    for cell, dtype, kernel in itertools.product(CELLS, DTYPES, plan.KERNELS):
+        item, G = DTYPES[dtype].itemsize, CELLS[cell].gates
+        if dtype == "tf32" and kernel == "step":
+            continue  # the products are torch's
+        sizes = [256, 128, 64, 32, 16] if kernel == "resident" else [200]
+        for H in sizes:
+            shape = plan.Shape(G, 3, H, 2, item, False, dtype == "tf32")
+            if plan.why_not(kernel, shape, gpu) is None:
+                yield cell, dtype, kernel, H, False
+                break  # the largest one
+        if cell == "lstm" and kernel == "step":
+            yield cell, dtype, kernel, 200, True
+
+
+def compile_all(architecture: int) -> None:
+    current: dict[str, Any] = {}
+    seen = set()
+
+    class Compiled(launch.Launch):
+        def __call__(self, grid: Any, **numbers: int) -> None:
+            name = self._kernel.__name__
+            if (name, *current.values()) in seen:
+                return
+            seen.add((name, *current.values()))
+            compiled = compile_for(architecture, self._kernel, self._options, self._arguments)
+            found = {"kernel": name, **current, **resources(compiled)}
+            print(json.dumps(found), flush=True)
+
+    passes.Launch = Compiled  # type: ignore[misc]
+    passes.gpu_of = lambda _: GPUS[architecture]  # type: ignore[assignment]
+    tf32 = False
+    passes.allows_tf32 = lambda _: tf32  # type: ignore[assignment]
+    for cell, dtype, kernel, H, projected in shapes(architecture):
+        tf32 = dtype == "tf32"
+        os.environ["FASTRNN_TRITON_KERNEL"] = kernel
+        current = {"cell": cell, "dtype": dtype, "path": kernel, "H": H, "projected": projected}
+        low, info, P = DTYPES[dtype], CELLS[cell], H // 2 if projected else H
+        rows = info.gates * H
+        one = [torch.zeros(rows, 16), torch.zeros(rows, P), torch.zeros(rows), torch.zeros(rows)]
+        weights = [w.to(low) for w in (one + [torch.zeros(P, H)] * projected) * 2]
+        x, h0 = torch.zeros(2, 3, 16).to(low), torch.zeros(2, 3, P).to(low)
+        call = (weights, h0, None, None, 2, 2)
+        out, h_n, _, cells, saved = scan.layer(cell, x, *call, True)
+        wanted = [1, 1, 0, *[1] * len(weights)]
+        scan.layer_backward(cell, out, h_n, None, x, out, cells, saved, *call, wanted)
+
+
+if __name__ == "__main__":
+    assert not launch.interpreted
+    compile_all(int(sys.argv[1]))
