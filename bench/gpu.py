@@ -1,13 +1,14 @@
 """Everything that needs a GPU, in one command (`make gpu` builds before it): probe, check, time.
 
-    python -m bench.gpu [--stage probe check time tune] [--json FILE] [--deadline S] [--rehearse]
+    python -m bench.gpu [--stage probe check time triton tune] [--json FILE] [--deadline S]
+                        [--rehearse]
 
     probe   what decides the protocol of persistent kernels (bench/gpu_probe.cu)
     check   tests/gpu
-    time    fastrnn, step by step and with graphs of its own, against torch.nn (cuDNN), each eager
-            and captured in a CUDA graph, and the libraries of bench/gpu_rivals.py that are
-            installed; cells in the order of their importance; what breaks the rule of
-            fastrnn.parity is not timed
+    time    fastrnn's CUDA and Triton kernels against torch.nn (cuDNN), each eager and captured in
+            a CUDA graph, and the libraries of bench/gpu_rivals.py that are installed; cells in the
+            order of their importance; what breaks the rule of fastrnn.parity is not timed
+    triton  tests/triton_backend, and tests/gpu with FASTRNN_BACKEND=triton
     tune    persistent-grid on more and fewer multiprocessors, with either exchange
 
 The file is written after every cell; a cell that it holds already is not measured again.  At the
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -41,7 +43,7 @@ except ImportError:  # images for GPUs may not have it, and have no network
     tqdm = None
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("probe", "check", "time", "tune")
+STAGES = ("probe", "check", "time", "triton", "tune")
 PROBE_SECONDS, CHECK_SECONDS = 60.0, 200.0  # at most
 
 
@@ -125,15 +127,25 @@ def probe(run: Run) -> bool:
 
 
 def check(run: Run) -> bool:
-    extra = ["-k", "test_long or behaviour"] if run.rehearse else []
-    command = [sys.executable, "-m", "pytest", "-q", "tests/gpu", *extra]
+    return run_tests(run, "check", ["tests/gpu"], "test_long or behaviour", "native")
+
+
+def check_triton(run: Run) -> bool:
+    return run_tests(run, "triton", ["tests/triton_backend", "tests/gpu"], "choice", "triton")
+
+
+def run_tests(run: Run, stage: str, files: list[str], rehearsed: str, backend: str) -> bool:
+    extra = ["-k", rehearsed] if run.rehearse else []
+    command = [sys.executable, "-m", "pytest", "-q", *files, *extra]
     seconds = max(10.0, min(CHECK_SECONDS, run.left()))
-    log = run.path.with_suffix(".check.log")
+    log = run.path.with_suffix(f".{stage}.log")
+    variables = os.environ | {"FASTRNN_BACKEND": backend}
     with log.open("w") as file:
         try:
             code = subprocess.run(
-                command, cwd=ROOT, check=False, timeout=seconds, stdout=file, stderr=file
-            ).returncode
+                command, cwd=ROOT, check=False, timeout=seconds, stdout=file, stderr=file,
+                env=variables,
+            ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             code = None
     text = log.read_text().strip().splitlines()
@@ -141,7 +153,7 @@ def check(run: Run) -> bool:
     summary = text[-1] if text else ""
     if code is None:
         summary = f"stopped after {seconds:.0f} s: {summary}"
-    run.add({"stage": "check", "ok": code == 0, "summary": summary})
+    run.add({"stage": stage, "ok": code == 0, "summary": summary})
     return code == 0
 
 
@@ -188,6 +200,7 @@ def machine(rehearse: bool) -> Iterator[None]:
     host."""
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [flag.allow_tf32 for flag in flags]
+    variables = dict(os.environ)
     try:
         if not rehearse:
             with fastrnn.use_backend("native"):
@@ -196,9 +209,14 @@ def machine(rehearse: bool) -> Iterator[None]:
         sys.path.insert(0, str(ROOT / "tests"))
         import cuda_on_host
 
+
+        # Triton's interpreter multiplies bfloat16 wrongly; kernels of steps leave it to torch.
+        os.environ |= {"TRITON_INTERPRET": "1", "FASTRNN_TRITON_KERNEL": "step"}
         with cuda_on_host.on_host_kernels():
             yield
     finally:
+        os.environ.clear()
+        os.environ.update(variables)
         for flag, value in zip(flags, before, strict=True):
             flag.allow_tf32 = value
 
@@ -217,7 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("there is no GPU here; --rehearse goes through it without one")
     run = Run(options)
-    stages = {"probe": probe, "check": check, "time": time_cells, "tune": tune}
+    stages = {
+        "probe": probe, "check": check, "time": time_cells, "triton": check_triton, "tune": tune,
+    }  # fmt: skip
     failed = []
     with machine(options.rehearse):
         for name in options.stage:

@@ -116,6 +116,7 @@ def forward(CELL: tl.constexpr, x, r, h, c):
     elif CELL == "gru":
         return gru_forward(x, r, h, c)
     else:
+        tl.static_assert(CELL == "rnn_tanh" or CELL == "rnn_relu", "there is no such cell")
         return rnn_forward(CELL == "rnn_relu", x, r, c)
 
 
@@ -128,4 +129,5 @@ def backward(CELL: tl.constexpr, saved, h_before, c_before, h_after, c_after, dh
     elif CELL == "gru":
         return gru_backward(saved, h_before, dh, dc)
     else:
+        tl.static_assert(CELL == "rnn_tanh" or CELL == "rnn_relu", "there is no such cell")
         return rnn_backward(CELL == "rnn_relu", h_after, dh, dc)

@@ -94,6 +94,8 @@ def why_not(kernel: str, s: Shape, gpu: Gpu) -> str | None:
         return f"{kernel}: a projection is a product of its own"
     if s.item_bytes == 8:
         return f"{kernel}: float64 has no tensor cores that take it"
+    if s.gates * (s.H + 15) ** 2 >= 2**31:
+        return f"{kernel}: W_hh has 2^31 numbers or more"
     if kernel == "resident" and s.item_bytes == 4 and not s.tf32 and s.H > EXACT_H:
         return f"resident: float32 without TF32 up to H = {EXACT_H}, for registers"
     if kernel == "resident" and shared_bytes(s) > gpu.shared_bytes:

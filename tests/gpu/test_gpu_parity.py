@@ -31,12 +31,18 @@ def expected(
     return problem, same, problem.run(nn, torch.float64)
 
 
+def leave_to_a_gpu(device: str, dtype: str) -> None:
+    if device == "cpu" and dtype == "bfloat16" and fastrnn.get_backend() == "triton":
+        pytest.skip("Triton's interpreter does not support products of bfloat16")
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])  # float16: LONG
 @pytest.mark.parametrize("cell", CELLS)
 def test_layer(device: str, cell: str, dtype: str, case: Case) -> None:
     if not case.supports(cell):
         return
+    leave_to_a_gpu(device, dtype)
     problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
     check(problem.run(fastrnn, device=device), torch_same, ref64)
 
@@ -55,6 +61,8 @@ LONG = [
 def test_layer_of_graphs(
     device: str, monkeypatch: pytest.MonkeyPatch, cell: str, case: Case
 ) -> None:
+    if fastrnn.get_backend() == "triton":
+        pytest.skip("of the CUDA kernels")
     monkeypatch.setenv("FASTRNN_CUDA_KERNEL", "step-graph")
     test_layer(device, cell, "float32", case)
 
@@ -63,6 +71,7 @@ def test_layer_of_graphs(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_long(device: str, kernel: str, cell: str, dtype: str, case: Case) -> None:
+    leave_to_a_gpu(device, dtype)
     problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
     first = problem.run(fastrnn, device=device)
     check(first, torch_same, ref64)
@@ -85,7 +94,10 @@ def test_groups_and_directions(device: str, cell: str, direction: int, groups: i
     x, h0 = torch.randn(T, B, I).double(), torch.randn(groups, B, H).double()
     c0 = torch.randn_like(h0) if cell == "lstm" else None
     results = []
-    on_gpu = torch.ops.fastrnn if device == "cuda" else cuda_on_host.load()
+    if fastrnn.get_backend() == "triton":
+        on_gpu = torch.ops.fastrnn_triton
+    else:
+        on_gpu = torch.ops.fastrnn if device == "cuda" else cuda_on_host.load()
     for library, place in ((torch.ops.fastrnn, "cpu"), (on_gpu, device)):
         x, h0, weights = x.to(place), h0.to(place), [w.to(place) for w in weights]
         c0 = None if c0 is None else c0.to(place)
@@ -105,6 +117,7 @@ def test_groups_and_directions(device: str, cell: str, direction: int, groups: i
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_cells(device: str, name: str, dtype: str) -> None:
+    leave_to_a_gpu(device, dtype)
     theirs = getattr(nn, name)(5, 8)
     state: Any = torch.randn(3, 8)
     state = (state, torch.randn(3, 8)) if name == "LSTMCell" else state

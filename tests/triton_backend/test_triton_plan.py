@@ -67,6 +67,7 @@ def test_tiles_know_neither_batch_nor_steps() -> None:
         ("resident", shape(4, 1, 64, projected=True), "a projection is a product of its own"),
         ("streamed", shape(4, 1, 64, projected=True), "a projection is a product of its own"),
         ("streamed", shape(4, 1, 64, item=8), "float64 has no tensor cores"),
+        ("streamed", shape(4, 1, 23200), r"W_hh has 2\^31 numbers or more"),
     ],
 )
 def test_what_cannot_be_met(kernel: str, s: Shape, reason: str) -> None:
