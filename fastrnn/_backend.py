@@ -14,7 +14,9 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -31,7 +33,11 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def backends() -> dict[str, str | None]:
     """Every backend, with None where it is available and otherwise the reason why it is not."""
-    return {"native": _ops.native_error, "triton": triton_error(), "reference": None}
+    return {name: _why_not_available(name) for name in _NAMES[1:]}
+
+
+def _why_not_available(name: str) -> str | None:
+    return triton_error() if name == "triton" else _ops.native_error if name == "native" else None
 
 
 def _is_there(module: str) -> bool:
@@ -56,7 +62,7 @@ def triton_error() -> str | None:
 def _checked(name: str) -> str:
     if name not in _NAMES:
         raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(_NAMES)}")
-    reason = backends().get(name)
+    reason = _why_not_available(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     return name
@@ -155,9 +161,19 @@ def _why_not_triton(device: torch.device) -> str | None:
 @functools.cache
 def _why_not_triton_on(gpu: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(gpu)
-    if capability >= (8, 0):
-        return None
-    return f"Triton needs compute capability 8.0, and {gpu} has {'.'.join(map(str, capability))}"
+    if capability < (8, 0):
+        has = ".".join(map(str, capability))
+        return f"Triton needs compute capability 8.0 or later, and {gpu} has {has}"
+    return _why_no_launches()
+
+
+def _why_no_launches() -> str | None:
+    """Triton compiles, once, a little C that launches its kernels."""
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "Triton needs a C compiler (gcc or clang, or one that CC names) to launch kernels"
+    if not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "Triton needs Python.h (python3-dev) to launch kernels"
+    return None
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 `python -m fastrnn.info --explain T B I H CELL DTYPE DEVICE [--bidirectional] [--kernel NAME]
 [--backend NAME]` tells how a layer of this shape would run on a GPU, which does not have to be
 there: the kernel, its sizes and the reasons against the others. DEVICE is cuda, for the GPU that is
-there, or one of a100, l40s, h100, h200, b200; the backend is native or triton.
+there, or one of a100, l40s, h100, h200, b200; the backend native (where it is installed) or triton.
 
 Works in every installation, also one without the native part, and needs no compiler. A setting that
 cannot be met is reported where other programs stop.
@@ -121,7 +121,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def explain(
     T: int, B: int, I: int, H: int, cell: str, dtype: str, device: str,  # noqa: E741
-    bidirectional: bool = False, kernel: str = "auto", backend: str = "native",
+    bidirectional: bool = False, kernel: str = "auto", backend: str | None = None,
 ) -> str:  # fmt: skip
     """How a layer would run on a GPU: what ``python -m fastrnn.info --explain`` prints.
 
@@ -132,12 +132,14 @@ def explain(
         dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
         device: ``"cuda"``, the GPU that is there, or the name of one.
         kernel: ``"auto"``, or the one that is asked for.
-        backend: ``"native"`` or ``"triton"``.
+        backend: ``"native"`` or ``"triton"``; None: the native one where it is installed.
 
     Raises:
         RuntimeError: the backend is not available, or ``"cuda"`` and there is no GPU.
         ValueError: unknown cell, dtype, device or kernel, or a kernel that cannot run it.
     """
+    if backend is None:
+        backend = "native" if _ops.native_error is None else "triton"
     if backend not in ("native", "triton"):
         raise ValueError(f"unknown backend {backend!r}, expected native or triton")
     if cell not in CELLS:
@@ -171,7 +173,12 @@ def _triton_plan(
     if kernel not in ("auto", *plans.KERNELS):
         names = ", ".join(("auto", *plans.KERNELS))
         raise ValueError(f"unknown kernel {kernel!r}, expected one of {names}")
-    plan = plans.make_plan(shape, gpu, plans.asked_kernel() if kernel == "auto" else kernel)
+    if kernel == "auto":
+        kernel = importlib.import_module("fastrnn.triton.passes").asked_kernel()
+    try:
+        plan = plans.make_plan(shape, gpu, kernel)
+    except ValueError as error:
+        raise ValueError(f"kernel {kernel!r} cannot run this: {error}") from None
     return [
         ("kernel", f"{plan.kernel}: {plan.why}"),
         ("tiles", f"{plan.tiles()}; {plan.warps} warps, {plan.stages} stages"),
@@ -245,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--explain", nargs=7, metavar=names)
     parser.add_argument("--bidirectional", action="store_true", help="with --explain")
     parser.add_argument("--kernel", default="auto", help="with --explain: the one asked for")
-    parser.add_argument("--backend", default="native", help="with --explain: native or triton")
+    parser.add_argument("--backend", help="with --explain: native or triton")
     options = parser.parse_args(arguments)
     if options.explain is None:
         print(report())

@@ -298,6 +298,11 @@ def test_environment_asks_for_what_is_not_there(pure: Path) -> None:
     assert python(RUN, pure, FASTRNN_BACKEND="reference") == (0, "reference", "")
 
 
+def test_triton_is_imported_where_it_is_wanted_only() -> None:
+    seen = RUN + "import sys\nprint('triton' in sys.modules, 'fastrnn.triton' in sys.modules)"
+    assert python(seen)[1].split()[-1] == "False"
+
+
 @needs_triton
 def test_pure_install_runs_on_triton(pure: Path) -> None:
     """In Triton's interpreter, as there is no GPU: what a pure-Python install runs on one."""

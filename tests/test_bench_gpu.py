@@ -26,8 +26,10 @@ def test_cells_are_timed_once_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
     for row in rows:
         assert row["rehearsal"]
         assert row["parity"]["ok"]
-        assert set(row["results"]) == {"torch.nn", *gpu_cells.OURS}  # 16 bits, H of 8
-        assert set(row["skipped"]) == {"haste", "flashrnn", "torchrl"}
+        # Of 16 bits, H of 8; Triton's interpreter does not multiply bfloat16.
+        refused = {"fastrnn triton streamed", "fastrnn triton resident"}
+        assert set(row["results"]) == {"torch.nn", *gpu_cells.OURS} - refused
+        assert set(row["skipped"]) == {"haste", "flashrnn", "torchrl"} | refused
     assert gpu.main(arguments) == 0  # goes on with the file: nothing is left to measure
     assert json.loads(file.read_text()) == rows
     assert "us a step" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import resident, steps, streamed
 from .launch import multiply
-from .passes import Pass
+from .passes import Heads, Pass
 from .problem import Problem
 
 KERNELS = {"resident": resident.resident_backward, "streamed": streamed.streamed_backward}
@@ -76,25 +76,22 @@ class BackwardPass(Pass):
             projected=projected, dprojected=self.dprojected, N=p.N, P=p.P,
             HAS_DOUTPUT=self.doutput is not None,
         )  # fmt: skip
+        products, inner_heads, projected_heads = Heads(product), Heads(inner), Heads(projected)
         for s in reversed(range(p.T)):
-            rows, before = self.rows(s), self.rows(s - 1)
-            places = [
-                (rows["row1"], rows["count1"]) if p.reverse(d) else (rows["row0"], rows["count0"])
-                for d in range(p.D)
-            ]
+            rows, before, counts = self.rows(s), self.rows(s - 1), self.counts(s)
             if p.projected:
-                project(self.step_grid(self.most(s), p.P), **rows)
-                for d, (_, n) in enumerate(places):
-                    multiply(inner[d, :n], projected[d, :n], projections[d])
+                project(self.step_grid(max(counts), p.P), **rows)
+                for d, result in enumerate(inner_heads(counts)):
+                    multiply(result, projected_heads(counts)[d], projections[d])
             gates(
-                self.step_grid(self.most(s), p.H), **rows,
+                self.step_grid(max(counts), p.H), **rows,
                 before0=before["row0"], before1=before["row1"],
                 count_before0=before["count0"], count_before1=before["count1"],
             )  # fmt: skip
             if s > 0 or wants_states:
-                for d, (row, n) in enumerate(places):
-                    dr = self.drecurrent[d, row : row + n]
-                    multiply(product[d, :n], dr, p.groups[d].hh)
+                for d, result in enumerate(products(counts)):
+                    row = p.row(s, self.reverse[d])
+                    multiply(result, self.drecurrent[d, row : row + counts[d]], p.groups[d].hh)
         self.dh += product
 
     # The gradients of group d, from those of its products along time.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import resident, steps, streamed
 from .launch import multiply
-from .passes import Pass
+from .passes import Heads, Pass
 from .problem import Problem
 
 GATES_BYTES = 64 << 20  # of input products at a time, about
@@ -88,27 +88,31 @@ class ForwardPass(Pass):
         project = self.launch(
             steps.project_forward, projected=projected, h=self.h, output=self.output, P=p.P
         )
+        products, states = Heads(product), Heads(self.h)
+        inner_heads, projected_heads = Heads(inner), Heads(projected)
         chunk_end = 0
         begins: dict[str, int] = {}
         for s in range(p.T):
             if s == chunk_end:
                 chunk_end, begins = self.input_products(s)
-            rows = self.rows(s)
-            counts = [rows["count1" if p.reverse(d) else "count0"] for d in range(p.D)]
-            for d, n in enumerate(counts):
-                multiply(product[d, :n], self.h[d, :n], weights[d])
-            gates(self.step_grid(self.most(s), p.H), **rows, **begins)
+            rows, counts = self.rows(s), self.counts(s)
+            for d, result in enumerate(products(counts)):
+                multiply(result, states(counts)[d], weights[d])
+            gates(self.step_grid(max(counts), p.H), **rows, **begins)
             if p.projected:
-                for d, n in enumerate(counts):
-                    multiply(projected[d, :n], inner[d, :n], projections[d])
-                project(self.step_grid(self.most(s), p.P), **rows)
+                for d, result in enumerate(projected_heads(counts)):
+                    multiply(result, inner_heads(counts)[d], projections[d])
+                project(self.step_grid(max(counts), p.P), **rows)
 
     def input_products(self, first: int) -> tuple[int, dict[str, int]]:
         """gates = W_ih x of the steps from `first` on whose rows find room. Returns the step behind
         the last of them, and the first row of gates of either order."""
         p = self.p
         end, rows = first, dict.fromkeys(p.orders, 0)
-        while end < p.T:
+        if not p.packed:
+            end = min(p.T, first + self.room // p.B)
+            rows = dict.fromkeys(p.orders, (end - first) * p.B)
+        while p.packed and end < p.T:
             more = {reverse: rows[reverse] + p.count(end, reverse) for reverse in p.orders}
             if max(more.values()) > self.room:
                 break

@@ -10,7 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from . import steps
+from . import memory, steps
+
+VARYING = frozenset(memory.VARYING)
 
 # TRITON_INTERPRET=1: the kernels run in Python, on CPU tensors too.
 interpreted: bool = not isinstance(steps.gates_forward, triton.JITFunction)
@@ -20,7 +22,7 @@ class Launch:
     """A kernel and those of its arguments that stay; the others are given with each launch.
 
     The kernel that the first launch has compiled runs the next ones, which saves most of the time
-    that finding it takes: what is given may be numbers only, which their values do not specialise.
+    that finding it takes: with each launch only numbers of memory.VARYING are given.
     """
 
     def __init__(self, kernel: Any, options: dict[str, Any], **arguments: Any) -> None:
@@ -33,6 +35,7 @@ class Launch:
     def __call__(self, grid: tuple[int, int, int], **numbers: int) -> None:
         if 0 in grid:
             return
+        assert VARYING.issuperset(numbers)
         if self._compiled is None:
             self._compiled = self._kernel[grid](**self._arguments, **numbers, **self._options)
             return
@@ -46,7 +49,7 @@ def compute_type(dtype: torch.dtype) -> Any:
 
 
 def multiply(result: Tensor, a: Tensor, b: Tensor) -> None:
-    """result = a b, of 16-bit numbers with sums and result in float32."""
+    """result = a b; of 16-bit numbers result may be in float32, as its sums are."""
     if a.dtype == result.dtype:
         torch.mm(a, b, out=result)
     elif a.is_cuda:

@@ -13,6 +13,15 @@ import triton.language as tl
 
 from . import cells as cell_maths
 
+# Numbers that change from call to call, or from step to step: no kernel is compiled for their
+# values. Of the groups that run forward (0) and in reverse (1): the first row and the number of
+# rows of a step (row, count), of the step that they run before it (before, count_before), and the
+# first row of the chunk of gates (begin). Steps from `first` to `end`; rows of gates: room.
+VARYING = (
+    "row0", "row1", "count0", "count1", "before0", "before1", "count_before0", "count_before1",
+    "begin0", "begin1", "first", "end", "room", "T", "N", "B", "D", "direction",
+)  # fmt: skip
+
 
 @triton.jit
 def is_reversed(d, D, direction):

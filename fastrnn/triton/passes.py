@@ -6,14 +6,15 @@ Dimension key: csrc/scan.h.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from .launch import Launch, allows_tf32, compute_type
-from .plan import H100, Gpu, Plan, Shape, asked_kernel, make_plan
+from .launch import Launch, allows_tf32, compute_type, interpreted
+from .plan import H100, KERNELS, Gpu, Plan, Shape, make_plan
 from .problem import Problem
 
 
@@ -27,9 +28,33 @@ def gpu_of(device: torch.device) -> Gpu:
 
 def plan_of(p: Problem) -> Plan:
     item = p.dtype.itemsize
-    tf32 = item == 4 and allows_tf32(p.device)
-    shape = Shape(p.G, p.B, p.H, p.D, item, p.projected, tf32)
-    return make_plan(shape, gpu_of(p.device), asked_kernel())
+    no_products = ""
+    if interpreted and p.dtype == torch.bfloat16:
+        no_products = "Triton's interpreter does not support products of bfloat16"
+    tf32 = p.dtype == torch.float32 and allows_tf32(p.device)
+    shape = Shape(p.G, p.B, p.H, p.D, item, p.projected, tf32, no_products)
+    asked = asked_kernel()
+    try:
+        return make_plan(shape, gpu_of(p.device), asked)
+    except ValueError as error:
+        raise RuntimeError(
+            f"fastrnn: FASTRNN_TRITON_KERNEL={asked} cannot be met: {error}"
+        ) from None
+
+
+def asked_kernel() -> str:
+    """FASTRNN_TRITON_KERNEL: auto, or the kernel that is to run everything.
+
+    Raises:
+        RuntimeError: there is no such kernel.
+    """
+    asked = os.environ.get("FASTRNN_TRITON_KERNEL") or "auto"
+    if asked not in ("auto", *KERNELS):
+        names = ", ".join(("auto", *KERNELS))
+        raise RuntimeError(
+            f"fastrnn: FASTRNN_TRITON_KERNEL must be one of {names}, and is {asked!r}"
+        )
+    return asked
 
 
 class Pass:
@@ -37,6 +62,8 @@ class Pass:
 
     def __init__(self, p: Problem) -> None:
         self.p, self.plan = p, plan_of(p)
+        self.reverse = [p.reverse(d) for d in range(p.D)]
+        self.tf32 = p.dtype == torch.float32 and allows_tf32(p.device)
         self.type = compute_type(p.compute)
 
     def launch(self, kernel: Any, **arguments: Any) -> Launch:
@@ -53,7 +80,7 @@ class Pass:
         return {
             "weight": weight, "offsets": offsets, "lengths": lengths, "T": p.T, "N": p.N,
             "H": p.H, "W": weight.shape[-1], "CELL": p.cell, "G": p.G, "PACKED": p.packed,
-            "PRECISION": "tf32" if allows_tf32(p.device) else "ieee",
+            "PRECISION": "tf32" if self.tf32 else "ieee",
         }  # fmt: skip
 
     def aligned_weights(self) -> Tensor:
@@ -71,15 +98,33 @@ class Pass:
         return triton.cdiv(self.p.B, self.plan.block_b), self.p.D, 1
 
     def step_grid(self, rows: int, width: int) -> tuple[int, int, int]:
-        return triton.cdiv(rows, self.plan.block_b), triton.cdiv(width, self.plan.block_h), self.p.D
+        return -(-rows // self.plan.block_b), -(-width // self.plan.block_h), self.p.D
 
     def rows(self, step: int) -> dict[str, int]:
         """The rows of a step, as the kernels are given them."""
-        p = self.p
+        forward, reverse = self.p.first_rows
+        counts, reverse_counts = self.p.numbers
         return {
-            "row0": p.row(step, False), "row1": p.row(step, True),
-            "count0": p.count(step, False), "count1": p.count(step, True),
+            "row0": forward[step], "row1": reverse[step],
+            "count0": counts[step], "count1": reverse_counts[step],
         }  # fmt: skip
 
-    def most(self, step: int) -> int:
-        return max(self.p.count(step, reverse) for reverse in self.p.orders)
+    def counts(self, step: int) -> list[int]:
+        """The rows of a step in each group."""
+        return [self.p.numbers[reverse][step] for reverse in self.reverse]
+
+
+class Heads:
+    """The first rows of each group of an array [D, B, width]: views that are made anew where their
+    number changes."""
+
+    def __init__(self, array: Tensor) -> None:
+        self._array = array
+        self._counts: list[int] = []
+        self._views: list[Tensor] = []
+
+    def __call__(self, counts: list[int]) -> list[Tensor]:
+        if counts != self._counts:
+            self._counts = counts
+            self._views = [self._array[d, :n] for d, n in enumerate(counts)]
+        return self._views

@@ -1,20 +1,20 @@
-"""Which kernels run a pass, with which tiles, and why not the others. Pure: asks no GPU.
+"""Which kernels run a pass, with which tiles, and why not the others. Pure: asks no GPU, and no
+environment.
 
-The choice is by predicted times, none of which has been measured; that of tiles knows neither the
-batch nor the length of the sequence, so that no kernel is compiled anew for them.
+The choice is by predicted times, none of which has been measured. That of a kernel's tiles knows
+neither the batch nor the length of the sequence: it is compiled for a layer once.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass, field
 
 KERNELS = ("resident", "streamed", "step")
 BLOCK_B = 16  # rows of a program, the least that tensor cores take
-EXACT_H = 32  # units whose float32 weights find room in registers, which products without TF32 take
+EXACT_H = 32  # more units spill registers, where products of float32 are not TF32's
 TILE_B, TILE_H = 8, 64  # of the kernels of one step
-STREAM_H, STREAM_K = 64, {2: 64, 4: 32}  # by bytes of a number; more spill registers
+STREAM_H, STREAM_K = 64, {2: 64, 4: 32}  # by bytes of a number; more would spill registers
 
 # Predicted, of an H100: microseconds of a step of two launches, of what a step of a whole-sequence
 # kernel waits for (memory, barriers, gates), bytes and float32 products a multiprocessor reads from
@@ -66,20 +66,21 @@ class Plan:
 class Shape:
     """Dimension key: csrc/scan.h; tf32: whether products of float32 may be those of TF32."""
 
-    gates: int
+    G: int
     B: int
     H: int
     D: int
     item_bytes: int
     projected: bool
     tf32: bool
+    no_products: str = ""  # why kernels cannot multiply these numbers; empty if they can
 
 
 def shared_bytes(s: Shape) -> int:
     """Shared memory of a resident program: W_hh, a tile for each gate, and two more. Not less than
     what the compiler takes, which tests/triton_backend/test_triton_compile.py holds it against."""
     width = _block(s.H)
-    return (s.gates * width + (s.gates + 2) * BLOCK_B) * width * s.item_bytes
+    return (s.G * width + (s.G + 2) * BLOCK_B) * width * s.item_bytes
 
 
 def _block(H: int) -> int:
@@ -93,8 +94,10 @@ def why_not(kernel: str, s: Shape, gpu: Gpu) -> str | None:
     if s.projected:
         return f"{kernel}: a projection is a product of its own"
     if s.item_bytes == 8:
-        return f"{kernel}: float64 has no tensor cores that take it"
-    if s.gates * (s.H + 15) ** 2 >= 2**31:
+        return f"{kernel}: the products of float64 are left to torch"
+    if s.no_products:
+        return f"{kernel}: {s.no_products}"
+    if s.G * (s.H + 15) ** 2 >= 2**31:
         return f"{kernel}: W_hh has 2^31 numbers or more"
     if kernel == "resident" and s.item_bytes == 4 and not s.tf32 and s.H > EXACT_H:
         return f"resident: float32 without TF32 up to H = {EXACT_H}, for registers"
@@ -108,7 +111,7 @@ def why_not(kernel: str, s: Shape, gpu: Gpu) -> str | None:
 
 def predicted_us(kernel: str, s: Shape, gpu: Gpu) -> float:
     """Of a step."""
-    weights = s.gates * s.H * s.H
+    weights = s.G * s.H * s.H
     if kernel == "step":
         return STEP_US + s.D * s.B * weights / GPU_PRODUCTS_PER_US
     waves = -(-s.D * -(-s.B // BLOCK_B) // gpu.multiprocessors)
@@ -125,12 +128,12 @@ def make_plan(s: Shape, gpu: Gpu, asked: str) -> Plan:
     """The plan of a pass; asked: "auto", or a kernel.
 
     Raises:
-        RuntimeError: the kernel that is asked for cannot run it.
+        ValueError: why the kernel that is asked for cannot run it.
     """
     if asked != "auto":
         reason = why_not(asked, s, gpu)
         if reason is not None:
-            raise RuntimeError(f"fastrnn: FASTRNN_TRITON_KERNEL={asked} cannot be met: {reason}")
+            raise ValueError(reason)
         return _tiles(asked, s, "asked for", ())
     times = {k: predicted_us(k, s, gpu) for k in KERNELS if why_not(k, s, gpu) is None}
     best = min(times, key=lambda kernel: times[kernel])
@@ -147,18 +150,3 @@ def _tiles(kernel: str, s: Shape, why: str, against: tuple[str, ...]) -> Plan:
         stages, block_k = (3 if s.item_bytes == 2 else 2), STREAM_K[s.item_bytes]
         return Plan(kernel, BLOCK_B, STREAM_H, block_k, 8, stages, why, against)
     return Plan(kernel, TILE_B, TILE_H, 0, 4, 1, why, against)
-
-
-def asked_kernel() -> str:
-    """FASTRNN_TRITON_KERNEL: auto, or the kernel that is to run everything.
-
-    Raises:
-        RuntimeError: there is no such kernel.
-    """
-    asked = os.environ.get("FASTRNN_TRITON_KERNEL") or "auto"
-    if asked not in ("auto", *KERNELS):
-        names = ", ".join(("auto", *KERNELS))
-        raise RuntimeError(
-            f"fastrnn: FASTRNN_TRITON_KERNEL must be one of {names}, and is {asked!r}"
-        )
-    return asked

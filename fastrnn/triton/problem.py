@@ -109,6 +109,11 @@ class Problem:
         _expect(self.N < 2**31, f"the data must have less than 2^31 rows, got {self.N}")
         self.packed = batch_sizes is not None
         self.offsets = [0, *itertools.accumulate(self.counts)]
+        # First row and number of rows of each step of the groups that run forward, and of those in
+        # reverse; zeros behind the last step are those of the one before the first, too.
+        first = self.offsets[:-1]
+        self.first_rows = ([*first, 0], [*reversed(first), 0])
+        self.numbers = ([*self.counts, 0], [*reversed(self.counts), 0])
 
     def check(
         self, tensor: Tensor | None, name: str, shape: Sequence[int],
@@ -151,15 +156,12 @@ class Problem:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def count(self, step: int, reverse: bool) -> int:
-        """Rows of a step of the groups of this order; 0 outside of the sequence."""
-        return self.counts[self.time(step, reverse)] if 0 <= step < self.T else 0
+        """Rows of a step of the groups of this order."""
+        return self.numbers[reverse][step]
 
     def row(self, step: int, reverse: bool) -> int:
-        """First row of a step; 0 outside of the sequence."""
-        return self.offsets[self.time(step, reverse)] if 0 <= step < self.T else 0
-
-    def time(self, step: int, reverse: bool) -> int:
-        return self.T - 1 - step if reverse else step
+        """First row of a step of the groups of this order."""
+        return self.first_rows[reverse][step]
 
     def reverse(self, d: int) -> bool:
         return reversed_group(d, self.D, self.direction)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .memory import (
+    VARYING,
     first_row,
     is_reversed,
     load,
@@ -24,8 +25,6 @@ from .memory import (
     steps_of_tile,
     store,
 )
-
-VARYING = ("first", "end", "begin0", "begin1", "room", "T", "N", "B", "D", "direction")
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -8,8 +8,8 @@ Order     each element once: the same bits each time
 
 Beside the arrays of memory.py there are product [D, B, G, H] (backward: [D, B, P]), with a
 projection inner [D, B, H] (its input; backward: the gradient of that) and projected [D, B, P].
-Rows of a step: row, count of them, and of these in the chunk of gates; of groups that run forward
-(0) and in reverse (1).
+What is written over what was read follows from it, or there is a barrier: layouts of loads and
+stores may differ, so that another thread may still have to read it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .memory import (
+    VARYING,
     is_reversed,
     load,
     load_each,
@@ -26,13 +27,8 @@ from .memory import (
     store,
 )
 
-VARYING = (
-    "row0", "row1", "count0", "count1", "begin0", "begin1", "before0", "before1", "count_before0",
-    "count_before1", "room", "N", "B", "D", "direction",
-)  # fmt: skip
 
-
-@triton.jit(do_not_specialize=VARYING[:6] + VARYING[10:])
+@triton.jit(do_not_specialize=VARYING)
 def gates_forward(
     gates, bias, product, h, c, output, cells, saved, inner, row0, row1, count0, count1, begin0,
     begin1, room, N, B, D, direction, H, CELL: tl.constexpr, G: tl.constexpr, OWN: tl.constexpr,
@@ -68,7 +64,7 @@ def gates_forward(
         store(output + row[:, None] * (D * H) + d * H + j[None, :], h_new, mask)
 
 
-@triton.jit(do_not_specialize=VARYING[:4] + VARYING[12:])
+@triton.jit(do_not_specialize=VARYING)
 def project_forward(
     projected, h, output, row0, row1, count0, count1, B, D, direction, P, COMPUTE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -86,7 +82,7 @@ def project_forward(
     store(output + row[:, None] * (D * P) + d * P + j[None, :], h_new, mask)
 
 
-@triton.jit(do_not_specialize=VARYING[:4] + VARYING[6:10] + VARYING[11:])
+@triton.jit(do_not_specialize=VARYING)
 def gates_backward(
     doutput, output, cells, saved, h0, c0, product, dh, dc, dgates, drecurrent, unprojected, inner,
     row0, row1, count0, count1, before0, before1, count_before0, count_before1, N, B, D, direction,
@@ -125,7 +121,7 @@ def gates_backward(
         store(dc + state, dc_new, mask)
 
 
-@triton.jit(do_not_specialize=VARYING[:4] + VARYING[11:])
+@triton.jit(do_not_specialize=VARYING)
 def project_backward(
     doutput, product, dh, projected, dprojected, row0, row1, count0, count1, N, B, D, direction, P,
     HAS_DOUTPUT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,

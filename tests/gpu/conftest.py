@@ -1,8 +1,8 @@
 """Tests of the GPU's pass: on a GPU where there is one, otherwise rehearsed with its kernels run on
 the host (cuda_on_host.py). What only a GPU has is skipped there.
 
-FASTRNN_BACKEND=triton: those that are not of CUDA kernels alone, on Triton's, in its interpreter
-where there is no GPU (tests/triton_backend/conftest.py), at minutes where there is one.
+With FASTRNN_BACKEND=triton those that are not about CUDA kernels run on Triton's, without a GPU in
+Triton's interpreter (tests/triton_backend/conftest.py).
 """
 
 from __future__ import annotations

@@ -31,18 +31,12 @@ def expected(
     return problem, same, problem.run(nn, torch.float64)
 
 
-def leave_to_a_gpu(device: str, dtype: str) -> None:
-    if device == "cpu" and dtype == "bfloat16" and fastrnn.get_backend() == "triton":
-        pytest.skip("Triton's interpreter does not support products of bfloat16")
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])  # float16: LONG
 @pytest.mark.parametrize("cell", CELLS)
 def test_layer(device: str, cell: str, dtype: str, case: Case) -> None:
     if not case.supports(cell):
         return
-    leave_to_a_gpu(device, dtype)
     problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
     check(problem.run(fastrnn, device=device), torch_same, ref64)
 
@@ -71,7 +65,6 @@ def test_layer_of_graphs(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_long(device: str, kernel: str, cell: str, dtype: str, case: Case) -> None:
-    leave_to_a_gpu(device, dtype)
     problem, torch_same, ref64 = expected(cell, case, DTYPES[dtype], device)
     first = problem.run(fastrnn, device=device)
     check(first, torch_same, ref64)
@@ -117,7 +110,6 @@ def test_groups_and_directions(device: str, cell: str, direction: int, groups: i
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_cells(device: str, name: str, dtype: str) -> None:
-    leave_to_a_gpu(device, dtype)
     theirs = getattr(nn, name)(5, 8)
     state: Any = torch.randn(3, 8)
     state = (state, torch.randn(3, 8)) if name == "LSTMCell" else state
