@@ -75,7 +75,8 @@ def _native_build() -> list[tuple[str, str]]:
         return [(str(name), _joined(value)) for name, value in build.items()]
     rows = [("not loaded", _ops.native_error)]
     if importlib.util.find_spec("fastrnn._build"):  # written where there was a reason to
-        rows.append(("remedy", "mend that, then run `FASTRNN_BUILD=1 pip install .` once more"))
+        again = "`FASTRNN_BUILD=1 pip install .` says what it needs, and builds the native part"
+        rows.append(("remedy", again))
     return rows
 
 
@@ -95,13 +96,26 @@ def _cpu() -> list[tuple[str, str]]:
 def _backends() -> list[tuple[str, str]]:
     rows = [("selected", fastrnn.get_backend())]
     for name, reason in _backend.backends().items():
-        rows.append((name, "available" if reason is None else f"not available: {reason}"))
+        told = "available" if reason is None else f"not available: {reason}"
+        rows.append((name, told + (_about_triton() if name == "triton" and not reason else "")))
     return rows
+
+
+def _about_triton() -> str:
+    version = importlib.import_module("triton").__version__
+    if importlib.import_module("fastrnn.triton").interpreted:
+        return f": {version}, in its interpreter"
+    if not torch.cuda.is_available():
+        return f": {version}, for GPUs, of which torch sees none"
+    reason = _backend._why_not_triton(torch.device("cuda"))
+    return f": {version}" + (f", but {reason}" if reason else "")
 
 
 def _environment() -> list[tuple[str, str]]:
     mistakes, rows = _backend.environment_errors, []
-    for name in ("FASTRNN_BACKEND", "FASTRNN_CPU_ISA"):
+    for name in (
+        "FASTRNN_BACKEND", "FASTRNN_CPU_ISA", "FASTRNN_TRITON_KERNEL", "TRITON_INTERPRET"
+    ):  # fmt: skip
         value = os.environ.get(name, "not set")
         rows.append((name, f"{value}; {mistakes[name]}" if name in mistakes else value))
     return rows
@@ -159,6 +173,8 @@ def explain(
 def _triton_plan(
     B: int, H: int, D: int, cell: str, size: int, device: str, kernel: str
 ) -> list[tuple[str, str]]:
+    if min(B, H) < 1:
+        raise ValueError(f"a plan needs T, B, H and D of at least 1, got B={B}, H={H}")
     reason = _backend.triton_error()
     if reason is not None:
         raise RuntimeError(f"plans of the Triton backend are made by it: {reason}")

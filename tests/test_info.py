@@ -35,7 +35,7 @@ def test_report_lists_every_backend_and_why_one_is_missing():
     text = info.report()
     for name, reason in _backend.backends().items():
         expected = "available" if reason is None else f"not available: {reason}"
-        assert value_of("backends", name, text) == expected
+        assert value_of("backends", name, text).startswith(expected)
 
 
 def test_report_follows_the_selected_backend():

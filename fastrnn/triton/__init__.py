@@ -1,5 +1,5 @@
-"""The GPU backend that needs no compiler at install: the operators of csrc/ops.cpp on Triton
-kernels, as ``torch.ops.fastrnn_triton``.
+"""The GPU backend that needs no compiler at install (when it runs, Triton needs a C compiler): the
+operators of csrc/ops.cpp on Triton kernels, as ``torch.ops.fastrnn_triton``.
 
 cells.py holds the cells, resident.py, streamed.py and steps.py the kernels, plan.py chooses between
 them, scan.py runs a pass. Importing this imports Triton. With TRITON_INTERPRET=1, set before that,

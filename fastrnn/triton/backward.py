@@ -52,7 +52,7 @@ class BackwardPass(Pass):
             "doutput": self.output if self.doutput is None else self.doutput, "cells": self.cells,
             "output": self.output, "saved": self.saved, "h0": self.h0, "c0": self.c0,
             "dh": self.dh, "dc": self.dc, "dgates": self.dgates, "drecurrent": self.drecurrent,
-            "A": p.A, "HAS_DOUTPUT": self.doutput is not None,
+            "A": p.A, "HAS_DOUTPUT": self.doutput is not None, **self.of_cell(),
         }  # fmt: skip
 
     def run_sequence(self) -> None:
@@ -69,7 +69,7 @@ class BackwardPass(Pass):
             projections = [own.hr.to(p.compute) for own in p.groups if own.hr is not None]
         gates = self.launch(
             steps.gates_backward, product=product, inner=inner, unprojected=self.unprojected,
-            N=p.N, H=p.H, CELL=p.cell, PROJECTED=p.projected, **self.common(),
+            N=p.N, H=p.H, PROJECTED=p.projected, **self.common(),
         )  # fmt: skip
         project = self.launch(
             steps.project_backward, doutput=self.common()["doutput"], product=product, dh=self.dh,
@@ -96,25 +96,25 @@ class BackwardPass(Pass):
 
     # The gradients of group d, from those of its products along time.
 
-    def weight_ih(self, d: int, input: Tensor) -> Tensor:
+    def dweight_ih(self, d: int, input: Tensor) -> Tensor:
         """dW_ih [G * H, I] = sum over time of dx_t input_t^T"""
         return self.dgates[d].t() @ input
 
-    def weight_hh(self, d: int) -> Tensor:
+    def dweight_hh(self, d: int) -> Tensor:
         """dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T"""
         return self.drecurrent[d].t() @ self.states_before(d)
 
-    def bias(self, d: int, recurrent: bool) -> Tensor:
+    def dbias(self, d: int, recurrent: bool) -> Tensor:
         """db_ih [G * H] = sum over time of dx_t; db_hh that of dr_t"""
         p = self.p
         terms = self.drecurrent[d] if recurrent else self.dgates[d]
         return terms.sum(0, dtype=p.compute).to(p.dtype)
 
-    def weight_hr(self, d: int) -> Tensor:
+    def dweight_hr(self, d: int) -> Tensor:
         """dW_hr [P, H] = sum over time of dh_t (o tanh c)_t^T"""
         return self.dprojected[d].t() @ self.unprojected[d]
 
-    def input(self) -> Tensor:
+    def dinput(self) -> Tensor:
         """dinput [N, I] = sum over groups of dx W_ih"""
         p = self.p
         sums = p.make(p.N, p.I, dtype=p.compute)

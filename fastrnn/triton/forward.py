@@ -46,11 +46,12 @@ class ForwardPass(Pass):
         return {
             "gates": self.gates, "bias": self.bias(), "h": self.h, "c": self.c,
             "output": self.output, "cells": self.cells, "saved": self.saved, "N": p.N,
-            "room": self.room, "OWN": p.R, "HAS_BIAS": p.has_bias, "SAVE": self.save,
+            "room": self.room, "HAS_BIAS": p.has_bias, "SAVE": self.save, **self.of_cell(),
         }  # fmt: skip
 
     def bias(self) -> Tensor:
-        """[D, G + R, H]: what is added to the input products, and to the last R recurrent ones."""
+        """[D, G + R, H]: what is added to the input products, and to the last R recurrent ones;
+        some array, which nobody reads, where there is no bias."""
         p = self.p
         parts = []
         for own in p.groups:
@@ -82,7 +83,7 @@ class ForwardPass(Pass):
             projections = [own.hr.to(p.compute).t() for own in p.groups if own.hr is not None]
         weights = [own.hh.t() for own in p.groups]
         gates = self.launch(
-            steps.gates_forward, product=product, inner=inner, H=p.H, CELL=p.cell, G=p.G,
+            steps.gates_forward, product=product, inner=inner, H=p.H, G=p.G,
             PROJECTED=p.projected, **self.common(),
         )  # fmt: skip
         project = self.launch(

@@ -26,6 +26,9 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, options: dict[str, Any], **arguments: Any) -> None:
+        known = set(kernel.arg_names)
+        assert known.issuperset(arguments), set(arguments) - known
+        assert options.keys() - known <= {"num_warps", "num_stages"}, options
         self._kernel, self._options, self._arguments = kernel, options, arguments
         self._compiled: Any = None
         tiles = {name: value for name, value in options.items() if name in kernel.arg_names}

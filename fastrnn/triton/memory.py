@@ -92,9 +92,9 @@ def add_bias(COMPUTE: tl.constexpr, OWN: tl.constexpr, x, r, bias, H, mask):
 
 @triton.jit
 def step_forward(
-    CELL: tl.constexpr, OWN: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr,
-    COMPUTE: tl.constexpr, gates, bias, cells, saved, row, gates_row, j, d, N, room, H, r, h, c,
-    mask,
+    CELL: tl.constexpr, HAS_C: tl.constexpr, OWN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr, COMPUTE: tl.constexpr, gates, bias, cells, saved, row, gates_row, j, d, N,
+    room, H, r, h, c, mask,
 ):  # fmt: skip
     """A step of the units j of a group's rows `row` [BLOCK_B], from the recurrent products and the
     states: h' and c'. Keeps what the backward step needs."""
@@ -108,7 +108,7 @@ def step_forward(
         A: tl.constexpr = len(activations)
         at = (d * N + row)[:, None]
         store_each(saved + at * (A * H) + j[None, :], activations, H, mask)
-        if CELL == "lstm":
+        if HAS_C:
             store(cells + at * H + j[None, :], c, mask)
     return h, c
 
@@ -121,17 +121,17 @@ def states_before(
     row r of which begins at r * stride + offset; of rows that begin with this step the initial
     ones."""
     at = row[:, None] * stride + offset + j[None, :]
-    earlier = load(COMPUTE, output + at, mask & has_before[:, None])
+    earlier = load(COMPUTE, output + at, mask & (has_before != 0)[:, None])
     at = (d * B + b)[:, None] * H + j[None, :]
     initial = load(COMPUTE, states + at, mask & (has_before == 0)[:, None])
-    return tl.where(has_before[:, None], earlier, initial)
+    return tl.where((has_before != 0)[:, None], earlier, initial)
 
 
 @triton.jit
 def step_backward(
-    CELL: tl.constexpr, A: tl.constexpr, COMPUTE: tl.constexpr, output, cells, saved, h0, c0,
-    dgates, drecurrent, unprojected, row, row_before, has_before, b, j, d, N, B, D, H,
-    PROJECTED: tl.constexpr, dh, dc, mask,
+    CELL: tl.constexpr, HAS_C: tl.constexpr, OWN: tl.constexpr, A: tl.constexpr,
+    COMPUTE: tl.constexpr, output, cells, saved, h0, c0, dgates, drecurrent, unprojected, row,
+    row_before, has_before, b, j, d, N, B, D, H, PROJECTED: tl.constexpr, dh, dc, mask,
 ):  # fmt: skip
     """A backward step of the units j of a group's rows `row`, from the gradients of h and c after
     it: dr, and dh and dc before it, without what passes through the recurrent product. Writes the
@@ -142,7 +142,7 @@ def step_backward(
     h_before = dh
     c_after = dc
     c_before = dc
-    if CELL == "lstm":
+    if HAS_C:
         c_after = load(COMPUTE, cells + at * H + j[None, :], mask)
         c_before = states_before(
             COMPUTE, cells, c0, H, d * N * H, row_before, has_before, b, j, d, B, H, mask
@@ -161,7 +161,7 @@ def step_backward(
     )
     G: tl.constexpr = len(dx)
     store_each(dgates + at * (G * H) + j[None, :], dx, H, mask)
-    if CELL == "gru":
+    if OWN > 0:
         store_each(drecurrent + at * (G * H) + j[None, :], dr, H, mask)
     return dr, dh, dc
 

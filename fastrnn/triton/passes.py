@@ -72,6 +72,11 @@ class Pass:
         shared = {"B": p.B, "D": p.D, "direction": p.direction, "COMPUTE": self.type}
         return Launch(kernel, options, **shared, **arguments)
 
+    def of_cell(self) -> dict[str, Any]:
+        """What the kernels of a cell are compiled for."""
+        p = self.p
+        return {"CELL": p.cell, "HAS_C": p.info.has_c, "OWN": p.R}
+
     def sequence_arguments(self) -> dict[str, Any]:
         """What only the kernels of a whole sequence are given."""
         p = self.p
@@ -79,7 +84,7 @@ class Pass:
         weight = self.aligned_weights()
         return {
             "weight": weight, "offsets": offsets, "lengths": lengths, "T": p.T, "N": p.N,
-            "H": p.H, "W": weight.shape[-1], "CELL": p.cell, "G": p.G, "PACKED": p.packed,
+            "H": p.H, "W": weight.shape[-1], "G": p.G, "PACKED": p.packed,
             "PRECISION": "tf32" if self.tf32 else "ieee",
         }  # fmt: skip
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 KERNELS = ("resident", "streamed", "step")
 BLOCK_B = 16  # rows of a program, the least that tensor cores take
-EXACT_H = 32  # more units spill registers, where products of float32 are not TF32's
 TILE_B, TILE_H = 8, 64  # of the kernels of one step
 STREAM_H, STREAM_K = 64, {2: 64, 4: 32}  # by bytes of a number; more would spill registers
 
@@ -99,8 +98,8 @@ def why_not(kernel: str, s: Shape, gpu: Gpu) -> str | None:
         return f"{kernel}: {s.no_products}"
     if s.G * (s.H + 15) ** 2 >= 2**31:
         return f"{kernel}: W_hh has 2^31 numbers or more"
-    if kernel == "resident" and s.item_bytes == 4 and not s.tf32 and s.H > EXACT_H:
-        return f"resident: float32 without TF32 up to H = {EXACT_H}, for registers"
+    if kernel == "resident" and s.item_bytes == 4 and not s.tf32:
+        return "resident: products of float32 without TF32 spill registers"
     if kernel == "resident" and shared_bytes(s) > gpu.shared_bytes:
         return (
             f"resident: W_hh takes {shared_bytes(s)} bytes of shared memory, "

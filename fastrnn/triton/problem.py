@@ -52,12 +52,15 @@ class Problem:
         _expect(
             input.dim() == dims, f"the input must have {dims} dimensions, got {input.dim()}"
         )
+        self.check_storage(input, "the input")
         self.I, self.leading = input.shape[-1], list(input.shape[:-1])
         self._take_weights(weights, groups)
         self._take_rows(batch_sizes, h0)
         self.orders = sorted({reversed_group(d, groups, direction) for d in range(groups)})
 
     def _take_weights(self, weights: Sequence[Tensor], groups: int) -> None:
+        for given in weights:
+            self.check_storage(given, "a weight")
         self.groups = weights_of_groups([w.contiguous() for w in weights], groups)
         weight_hh = self.groups[0].hh
         _expect(
@@ -93,6 +96,7 @@ class Problem:
                 and len(batch_sizes) > 0,
                 "batch_sizes must be an int64 tensor [T] on the CPU, T > 0",
             )  # fmt: skip
+            self.check_storage(batch_sizes, "batch_sizes")
             _expect(h0 is not None, "packed data needs h0")
             self.counts = batch_sizes.tolist()
             self.T, self.B, self.N = len(self.counts), self.counts[0], self.leading[0]
@@ -130,6 +134,20 @@ class Problem:
         _expect(tensor.dtype == dtype, f"{name} must have dtype {dtype}, got {tensor.dtype}")
         _expect(
             tensor.device == self.device, f"{name} must be on {self.device}, got {tensor.device}"
+        )
+        self.check_storage(tensor, name)
+
+    @staticmethod
+    def check_storage(tensor: Tensor, name: str) -> None:
+        """That its elements lie in its storage, which may have been resized: to nothing by FSDP."""
+        if tensor.numel() == 0:
+            return
+        places = zip(tensor.shape, tensor.stride(), strict=True)
+        end = tensor.storage_offset() + 1 + sum((n - 1) * stride for n, stride in places)
+        held = tensor.untyped_storage().nbytes()
+        _expect(
+            end * tensor.itemsize <= held,
+            f"the storage of {name} holds {held} bytes, fewer than its {end} elements",
         )
 
     def check_c(self, *given: Tensor | None) -> None:

@@ -57,14 +57,14 @@ def layer_backward(
             if not want:
                 dweights.append(input.new_empty(0))
             elif kind == 0:
-                dweights.append(run.weight_ih(d, flat))
+                dweights.append(run.dweight_ih(d, flat))
             elif kind == 1:
-                dweights.append(run.weight_hh(d))
+                dweights.append(run.dweight_hh(d))
             elif p.has_bias and kind < 4:
-                dweights.append(run.bias(d, kind == 3))
+                dweights.append(run.dbias(d, kind == 3))
             else:
-                dweights.append(run.weight_hr(d))
-        dinput = run.input().view(input.shape) if wanted[0] else none
+                dweights.append(run.dweight_hr(d))
+        dinput = run.dinput().view(input.shape) if wanted[0] else none
         dh0 = run.dh.to(p.dtype) if wanted[1] else input.new_empty(0)
         dc0 = run.dc.to(p.dtype) if wanted[2] else input.new_empty(0)
     return dinput, dweights, dh0, dc0

@@ -31,9 +31,9 @@ from .memory import (
 @triton.jit(do_not_specialize=VARYING)
 def gates_forward(
     gates, bias, product, h, c, output, cells, saved, inner, row0, row1, count0, count1, begin0,
-    begin1, room, N, B, D, direction, H, CELL: tl.constexpr, G: tl.constexpr, OWN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    begin1, room, N, B, D, direction, H, CELL: tl.constexpr, HAS_C: tl.constexpr, G: tl.constexpr,
+    OWN: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The new c, and h; with a projection what is to be projected."""
     d = tl.program_id(2).to(tl.int64)
@@ -49,13 +49,13 @@ def gates_forward(
     c_old = r[0]
     if CELL == "gru":
         h_old = load(COMPUTE, h + state, mask)
-    if CELL == "lstm":
+    if HAS_C:
         c_old = load(COMPUTE, c + state, mask)
     h_new, c_new = step_forward(
-        CELL, OWN, HAS_BIAS, SAVE, COMPUTE, gates, bias, cells, saved, row,
+        CELL, HAS_C, OWN, HAS_BIAS, SAVE, COMPUTE, gates, bias, cells, saved, row,
         row - tl.where(reverse, begin1, begin0), j, d, N, room, H, r, h_old, c_old, mask,
     )  # fmt: skip
-    if CELL == "lstm":
+    if HAS_C:
         store(c + state, c_new, mask)
     if PROJECTED:
         store(inner + state, h_new, mask)
@@ -86,8 +86,9 @@ def project_forward(
 def gates_backward(
     doutput, output, cells, saved, h0, c0, product, dh, dc, dgates, drecurrent, unprojected, inner,
     row0, row1, count0, count1, before0, before1, count_before0, count_before1, N, B, D, direction,
-    H, CELL: tl.constexpr, A: tl.constexpr, HAS_DOUTPUT: tl.constexpr, PROJECTED: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    H, CELL: tl.constexpr, HAS_C: tl.constexpr, OWN: tl.constexpr, A: tl.constexpr,
+    HAS_DOUTPUT: tl.constexpr, PROJECTED: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the products, of c before the step, and what of that of h does not pass
     through the recurrent product; dh and product make up that of h after the step."""
@@ -108,16 +109,16 @@ def gates_backward(
             at = row[:, None] * (D * H) + d * H + j[None, :]
             dh_all += load(COMPUTE, doutput + at, mask)
     dc_all = dh_all
-    if CELL == "lstm":
+    if HAS_C:
         dc_all = load(COMPUTE, dc + state, mask)
     _, dh_new, dc_new = step_backward(
-        CELL, A, COMPUTE, output, cells, saved, h0, c0, dgates, drecurrent, unprojected, row,
-        row_before, has_before, b, j, d, N, B, D, H, PROJECTED, dh_all, dc_all, mask,
+        CELL, HAS_C, OWN, A, COMPUTE, output, cells, saved, h0, c0, dgates, drecurrent, unprojected,
+        row, row_before, has_before, b, j, d, N, B, D, H, PROJECTED, dh_all, dc_all, mask,
     )  # fmt: skip
     tl.debug_barrier()  # another thread may have read what is written over
     if not PROJECTED:
         store(dh + state, dh_new, mask)
-    if CELL == "lstm":
+    if HAS_C:
         store(dc + state, dc_new, mask)
 
 

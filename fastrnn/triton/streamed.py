@@ -1,9 +1,9 @@
 """Kernels of a whole sequence whose programs read W_hh again at each step, from the L2 cache.
 
-Computes  the steps [first, end) of csrc/scan.h's passes, without a projection
+Computes  what the kernels of resident.py do
 Work      a program: BLOCK_B rows of one group, all units BLOCK_H by BLOCK_H, all steps
-Memory    the states of the rows lie in memory, h twice: in `h`, where it begins and ends, and in
-          `h_next`
+Memory    the states of the rows lie in memory, forward h twice: in `h`, where it begins and ends,
+          and in `h_next`; a step reads G H^2 numbers of W_hh
 Requires  16 | BLOCK_B; BLOCK_H and BLOCK_K powers of two, 16 at least; W_hh as [D, G, W, W],
           16 | W, zero beyond H
 Order     programs know nothing of each other; in a program a barrier stands between what one thread
@@ -33,10 +33,10 @@ from .memory import (
 @triton.jit(do_not_specialize=VARYING)
 def streamed_forward(
     gates, bias, weight, h, h_next, c, output, cells, saved, offsets, lengths, first, end, begin0,
-    begin1, room, T, N, B, D, direction, H, W, CELL: tl.constexpr, G: tl.constexpr,
-    OWN: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    begin1, room, T, N, B, D, direction, H, W, CELL: tl.constexpr, HAS_C: tl.constexpr,
+    G: tl.constexpr, OWN: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -76,17 +76,17 @@ def streamed_forward(
             at = state + j[None, :]
             h_old = tl.load(old + at, mask=mask, other=0.0)
             c_old = tl.zeros([BLOCK_B, BLOCK_H], COMPUTE)
-            if CELL == "lstm":
+            if HAS_C:
                 c_old = load(COMPUTE, c + at, mask)
             taking = mask & active[:, None]
             h_new, c_new = step_forward(
-                CELL, OWN, HAS_BIAS, SAVE, COMPUTE, gates, bias, cells, saved, row, row - begin, j,
-                d, N, room, H, r, h_old.to(COMPUTE), c_old, taking,
+                CELL, HAS_C, OWN, HAS_BIAS, SAVE, COMPUTE, gates, bias, cells, saved, row,
+                row - begin, j, d, N, room, H, r, h_old.to(COMPUTE), c_old, taking,
             )  # fmt: skip
             h_new = h_new.to(STORAGE)
             tl.store(output + row[:, None] * (D * H) + d * H + j[None, :], h_new, mask=taking)
             tl.store(new + at, tl.where(taking, h_new, h_old), mask=mask)
-            if CELL == "lstm":
+            if HAS_C:
                 tl.store(c + at, c_new, mask=taking)
         old, new = new, old
         tl.debug_barrier()
@@ -101,9 +101,10 @@ def streamed_forward(
 @triton.jit(do_not_specialize=VARYING)
 def streamed_backward(
     doutput, output, cells, saved, h0, c0, weight, dh, dc, dgates, drecurrent, offsets, lengths, T,
-    N, B, D, direction, H, W, CELL: tl.constexpr, G: tl.constexpr, A: tl.constexpr,
-    HAS_DOUTPUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    N, B, D, direction, H, W, CELL: tl.constexpr, HAS_C: tl.constexpr, OWN: tl.constexpr,
+    G: tl.constexpr, A: tl.constexpr, HAS_DOUTPUT: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -117,7 +118,7 @@ def streamed_backward(
     weight += d * (G * W * W)
     state = (d * B + b)[:, None] * H
     # What the products take: dgates, where the gradient of the recurrent products is the same.
-    factors = drecurrent if CELL == "gru" else dgates
+    factors = drecurrent if OWN > 0 else dgates
 
     first, end = steps_of_tile(PACKED, lengths, tile, 0, T, T, reverse)
     for i in range(first, end):
@@ -134,15 +135,16 @@ def streamed_backward(
                 at = row[:, None] * (D * H) + d * H + j[None, :]
                 dh_all += load(COMPUTE, doutput + at, mask)
             dc_all = tl.zeros([BLOCK_B, BLOCK_H], COMPUTE)
-            if CELL == "lstm":
+            if HAS_C:
                 dc_all = load(COMPUTE, dc + state + j[None, :], mask)
             _, dh_new, dc_new = step_backward(
-                CELL, A, COMPUTE, output, cells, saved, h0, c0, dgates, drecurrent, dgates, row,
-                row_before, has_before, b, j, d, N, B, D, H, False, dh_all, dc_all, mask,
+                CELL, HAS_C, OWN, A, COMPUTE, output, cells, saved, h0, c0, dgates, drecurrent,
+                dgates, row, row_before, has_before, b, j, d, N, B, D, H, False, dh_all, dc_all,
+                mask,
             )  # fmt: skip
             if CELL == "gru":
                 store(dh + state + j[None, :], dh_new, mask)
-            if CELL == "lstm":
+            if HAS_C:
                 store(dc + state + j[None, :], dc_new, mask)
         tl.debug_barrier()
         for k0 in range(0, H, BLOCK_H):

@@ -32,9 +32,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from fastrnn.reference import CELLS  # noqa: E402
 from fastrnn.triton import launch, passes, plan, scan  # noqa: E402
 
-# Architecture -> multiprocessors, and shared memory of a block at most (CUDA C++ Programming Guide,
-# technical specifications per compute capability: 163 and 227 KiB).
-GPUS = {80: plan.Gpu(108, 166912), 90: plan.Gpu(132, 232448), 100: plan.Gpu(148, 232448)}
+GPUS = {80: plan.GPUS["a100"], 90: plan.GPUS["h100"], 100: plan.GPUS["b200"]}
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64",
@@ -87,8 +85,9 @@ def resources(compiled: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shapes(architecture: int) -> Iterator[tuple[str, str, str, int, bool]]:
-    """Cell, dtype, kernel, H, projected."""
+def shapes(architecture: int) -> Iterator[tuple[str, str, str, int, bool, bool]]:
+    """Cell, dtype, kernel, H, projected, and whether with every option: or packed, without biases,
+    a backward pass and gradients of outputs."""
     gpu = GPUS[architecture]
     for cell, dtype, kernel in itertools.product(CELLS, DTYPES, plan.KERNELS):
         item, G = DTYPES[dtype].itemsize, CELLS[cell].gates
@@ -98,10 +97,12 @@ def shapes(architecture: int) -> Iterator[tuple[str, str, str, int, bool]]:
         for H in sizes:
             shape = plan.Shape(G, 3, H, 2, item, False, dtype == "tf32")
             if plan.why_not(kernel, shape, gpu) is None:
-                yield cell, dtype, kernel, H, False
+                yield cell, dtype, kernel, H, False, True
                 break  # the largest one
+        if dtype == "bfloat16":
+            yield cell, dtype, kernel, 16, False, False
         if cell == "lstm" and kernel == "step":
-            yield cell, dtype, kernel, 200, True
+            yield cell, dtype, kernel, 200, True, True
 
 
 def compile_all(architecture: int) -> None:
@@ -111,9 +112,10 @@ def compile_all(architecture: int) -> None:
     class Compiled(launch.Launch):
         def __call__(self, grid: Any, **numbers: int) -> None:
             name = self._kernel.__name__
-            if (name, *current.values()) in seen:
+            key = (name, self._arguments.get("SAVE"), *current.values())
+            if key in seen:
                 return
-            seen.add((name, *current.values()))
+            seen.add(key)
             compiled = compile_for(architecture, self._kernel, self._options, self._arguments)
             found = {"kernel": name, **current, **resources(compiled)}
             print(json.dumps(found), flush=True)
@@ -122,19 +124,25 @@ def compile_all(architecture: int) -> None:
     passes.gpu_of = lambda _: GPUS[architecture]  # type: ignore[assignment]
     tf32 = False
     passes.allows_tf32 = lambda _: tf32  # type: ignore[assignment]
-    for cell, dtype, kernel, H, projected in shapes(architecture):
+    for cell, dtype, kernel, H, projected, is_full in shapes(architecture):
         tf32 = dtype == "tf32"
         os.environ["FASTRNN_TRITON_KERNEL"] = kernel
         current = {"cell": cell, "dtype": dtype, "path": kernel, "H": H, "projected": projected}
+        current["full"] = is_full
         low, info, P = DTYPES[dtype], CELLS[cell], H // 2 if projected else H
         rows = info.gates * H
         one = [torch.zeros(rows, 16), torch.zeros(rows, P), torch.zeros(rows), torch.zeros(rows)]
-        weights = [w.to(low) for w in (one + [torch.zeros(P, H)] * projected) * 2]
+        own = one[: 4 if is_full else 2] + [torch.zeros(P, H)] * projected
+        weights = [w.to(low) for w in own * 2]
         x, h0 = torch.zeros(2, 3, 16).to(low), torch.zeros(2, 3, P).to(low)
-        call = (weights, h0, None, None, 2, 2)
+        call: tuple[Any, ...] = (weights, h0, None, None, 2, 2)
+        if not is_full:
+            x, call = x.flatten(0, 1), (weights, h0, None, torch.tensor([3, 3]), 2, 2)
+            scan.layer(cell, x, *call, False)
         out, h_n, _, cells, saved = scan.layer(cell, x, *call, True)
         wanted = [1, 1, 0, *[1] * len(weights)]
-        scan.layer_backward(cell, out, h_n, None, x, out, cells, saved, *call, wanted)
+        dy = out if is_full else None
+        scan.layer_backward(cell, dy, h_n, None, x, out, cells, saved, *call, wanted)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ torch, and run it here too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -29,9 +30,26 @@ def device() -> Iterator[str]:
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def ask_for(kernel: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask for kernels, resident ones also of float32: which are for TF32, that the interpreter does
+    not know; there they are exact."""
+    monkeypatch.setenv("FASTRNN_TRITON_KERNEL", kernel)
+    if kernel == "resident" and device == "cpu":
+        monkeypatch.setattr("fastrnn.triton.passes.allows_tf32", lambda _: True)
+
+
 @pytest.fixture(params=["step", "resident", "streamed"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def kernel(
+    request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """The kernels that are asked for."""
     name: str = request.param
-    monkeypatch.setenv("FASTRNN_TRITON_KERNEL", name)
+    if name == "resident" and device == "cuda":
+        pytest.skip("of float32 only by TF32")
+    ask_for(name, device, monkeypatch)
     return name
+
+
+@pytest.fixture
+def ask(device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    return functools.partial(ask_for, device=device, monkeypatch=monkeypatch)

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 
 from fastrnn.reference import CELLS
-from fastrnn.triton.plan import H100, Shape, shared_bytes
+from fastrnn.triton.plan import GPUS, Shape, shared_bytes
 
 SCRIPT = Path(__file__).parent / "ahead_of_time.py"
 ITEM = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
-SHARED = {80: 166912, 90: H100.shared_bytes, 100: H100.shared_bytes}
+SHARED = {
+    architecture: GPUS[gpu].shared_bytes
+    for architecture, gpu in ((80, "a100"), (90, "h100"), (100, "b200"))
+}
 MOST_SPILLED = 64  # bytes of a thread; 48 were found, in products of float32 without TF32
 
 
@@ -52,7 +55,6 @@ def test_kernels_compile(compiled: dict[int, list[dict[str, Any]]], architecture
         good = [
             found["launch"],
             found["spilled"] <= MOST_SPILLED,
-            found["registers"] <= 255,
             found["shared"] <= most <= SHARED[architecture],
             (found["mma"] > 0) == cores,
             found["barriers"] > 0 or found["path"] == "step",
@@ -75,7 +77,7 @@ def test_every_kernel_is_there(
         for cell in cells
         for name, dtypes in (
             ("gates", ("float32", "float64", "float16", "bfloat16")),
-            ("resident", ("float32", "tf32", "float16", "bfloat16")),
+            ("resident", ("tf32", "float16", "bfloat16")),
             ("streamed", ("float32", "tf32", "float16", "bfloat16")),
         )
         for dtype in dtypes

@@ -165,6 +165,31 @@ def test_what_layer_backward_refuses(device: str, place: int, name: str) -> None
         ops().layer_backward(*given[:-1], given[-1][1:])
 
 
+def freed(tensor: Tensor) -> Tensor:
+    """The tensor, after somebody has given its memory back, as FSDP does."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def test_storages_that_were_freed_are_not_read(device: str) -> None:
+    for place, name in ((1, "the input"), (3, "h0"), (4, "c0")):
+        call = arguments("lstm", device)
+        freed(call[place])
+        with pytest.raises(RuntimeError, match=f"the storage of {name} holds 0 bytes"):
+            ops().layer(*call, True)
+    call = arguments("lstm", device)
+    freed(call[2][1])
+    with pytest.raises(RuntimeError, match="the storage of a weight holds 0 bytes"):
+        ops().layer(*call, True)
+    for place, name in ((1, "doutput"), (2, "dh_n"), (3, "dc_n"), (4, "the input"),
+                        (5, "output"), (6, "cells"), (7, "saved")):  # fmt: skip
+        call = arguments("lstm", device)
+        given = backward_arguments(call, ops().layer(*call, True))
+        freed(given[place])
+        with pytest.raises(RuntimeError, match=f"the storage of {name} holds 0 bytes"):
+            ops().layer_backward(*given)
+
+
 def test_results_do_not_depend_on_autocast(device: str) -> None:
     """An operator computes in the dtype of its tensors, whatever is around it."""
     call = arguments("lstm", device)

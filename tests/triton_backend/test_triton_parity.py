@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,9 +83,12 @@ def test_dtypes_of_steps(
 @pytest.mark.parametrize("path", ["resident", "streamed"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_sequences(
-    device: str, monkeypatch: pytest.MonkeyPatch, cell: str, path: str, case: str
+    device: str, ask: Callable[[str], None], cell: str, path: str, case: str
 ) -> None:
-    monkeypatch.setenv("FASTRNN_TRITON_KERNEL", path)
+    if path == "resident":  # of float32 only by TF32, then torch's too
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        expected.cache_clear()
+    ask(path)
     check_case(device, cell, BY_ID[case], "float32")
 
 
@@ -139,13 +143,3 @@ def test_cells(device: str, name: str, dtype: str) -> None:
         return run_cell(cell.to(low).to(place, kind), first, hx, given)
 
     check(run(fastrnn, low, device), run(nn, low, device), run(nn, torch.float64, "cpu"))
-
-
-def test_tf32_where_torch_allows_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if device == "cpu":
-        pytest.skip("the interpreter has no TF32")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    for path in ("resident", "streamed"):
-        monkeypatch.setenv("FASTRNN_TRITON_KERNEL", path)
-        case = Case(f"tf32-{path}", "products of TF32", T=9, B=18, H=64)
-        check_case(device, "lstm", case, "float32")

@@ -34,7 +34,7 @@ def shape(G: int, B: int, H: int, D: int = 1, item: int = 2, **options: bool) ->
         (shape(4, 1, 1024), H100, "step"),
         (shape(4, 32, 128, projected=True), H100, "step"),
         (shape(4, 32, 32, item=8), H100, "step"),
-        (shape(4, 32, 32, item=4), H100, "resident"),
+        (shape(4, 32, 32, item=4), H100, "streamed"),
         (shape(4, 32, 64, item=4), H100, "streamed"),
         (shape(4, 32, 64, item=4, tf32=True), H100, "resident"),
         (shape(4, 32, 256, item=4), H100, "step"),  # float32 products without tensor cores
@@ -63,7 +63,7 @@ def test_tiles_know_neither_batch_nor_steps() -> None:
     ("kernel", "s", "reason"),
     [
         ("resident", shape(4, 1, 256), "W_hh takes .* bytes of shared memory"),
-        ("resident", shape(4, 1, 64, item=4), "float32 without TF32 up to H = 32"),
+        ("resident", shape(4, 1, 16, item=4), "products of float32 without TF32"),
         ("resident", shape(4, 1, 64, projected=True), "a projection is a product of its own"),
         ("streamed", shape(4, 1, 64, projected=True), "a projection is a product of its own"),
         ("streamed", shape(4, 1, 64, item=8), "products of float64 are left to torch"),
@@ -89,9 +89,9 @@ def test_variable(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "must be one of auto, resident, streamed, step, and is 'fast'"
     with pytest.raises(RuntimeError, match=text):
         layer(x)
-    monkeypatch.setenv("FASTRNN_TRITON_KERNEL", "resident")
+    monkeypatch.setenv("FASTRNN_TRITON_KERNEL", "streamed")
     layer(x)
-    with pytest.raises(RuntimeError, match=r"resident cannot be met: .*float64"):
+    with pytest.raises(RuntimeError, match=r"streamed cannot be met: .*float64"):
         layer.double()(x.double())
 
 
