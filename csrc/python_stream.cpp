@@ -62,8 +62,7 @@ class PlainCalls {
   const py::object scoped_;
   const py::dict backends_;  // the globals that hold `_default`
   const py::object forward_ad_;
-  const py::str default_name_{"_default"}, level_name_{"_current_level"}, auto_{"auto"},
-      native_{"native"};
+  const py::str default_name_{"_default"}, level_name_{"_current_level"}, auto_{"auto"}, native_{"native"};
 };
 
 // The steps of one module over weights that lie where they lie. Knows their names and keeps none of them.
