@@ -8,6 +8,7 @@ Dimensions: T time, B batch, I input, H hidden, P projected, L layers, D directi
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -274,3 +275,23 @@ def build(cell: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     for name, features in states.items():
         cotangents[f"{name}_n"] = sampler.cotangent(state(features), T * B)
     return Problem(cell, case, dtype, seed, values, cotangents)
+
+
+def expected(
+    cell: str, case: Case, dtype: torch.dtype, device: str
+) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor]]:
+    """The problem, torch.nn's results in `dtype` on the device and in float64; computed once."""
+    return _expected(cell, case, dtype, device, torch.backends.cudnn.allow_tf32)
+
+
+@functools.cache
+def _expected(
+    cell: str, case: Case, dtype: torch.dtype, device: str, tf32: bool
+) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor]]:
+    problem = build(cell, case, dtype)
+    try:
+        same = problem.run(torch.nn, device=device)
+    except RuntimeError:  # cuDNN has no backward in evaluation, and wants contiguous states
+        with torch.backends.cudnn.flags(enabled=False, allow_tf32=tf32):
+            same = problem.run(torch.nn, device=device)
+    return problem, same, problem.run(torch.nn, torch.float64)

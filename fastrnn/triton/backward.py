@@ -67,12 +67,13 @@ class BackwardPass(Pass):
             inner = p.make(p.D, p.B, p.H, dtype=p.compute)
             projected = p.make(p.D, p.B, p.P, dtype=p.compute)
             projections = [own.hr.to(p.compute) for own in p.groups if own.hr is not None]
+        given = self.common()
         gates = self.launch(
             steps.gates_backward, product=product, inner=inner, unprojected=self.unprojected,
-            N=p.N, H=p.H, PROJECTED=p.projected, **self.common(),
+            N=p.N, H=p.H, PROJECTED=p.projected, **given,
         )  # fmt: skip
         project = self.launch(
-            steps.project_backward, doutput=self.common()["doutput"], product=product, dh=self.dh,
+            steps.project_backward, doutput=given["doutput"], product=product, dh=self.dh,
             projected=projected, dprojected=self.dprojected, N=p.N, P=p.P,
             HAS_DOUTPUT=self.doutput is not None,
         )  # fmt: skip

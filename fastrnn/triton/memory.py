@@ -30,6 +30,40 @@ def is_reversed(d, D, direction):
 
 
 @triton.jit
+def place_in_step(
+    row0, row1, count0, count1, D, direction, width, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """Of a program of a kernel of one step: group, whether it runs in reverse, rows of the batch,
+    columns, those of both that there are, and rows of the data."""
+    d = tl.program_id(2).to(tl.int64)
+    reverse = is_reversed(d, D, direction)
+    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = (b < tl.where(reverse, count1, count0))[:, None] & (j < width)[None, :]
+    return d, reverse, b, j, mask, tl.where(reverse, row1, row0).to(tl.int64) + b
+
+
+@triton.jit
+def place_in_sequence(
+    PACKED: tl.constexpr, lengths, first, end, T, B, D, direction, BLOCK_B: tl.constexpr
+):
+    """Of a program of a kernel of a whole sequence: group, whether it runs in reverse, rows of the
+    batch, those that there are, their steps, and the steps of [first, end) in which any of them, so
+    the first and longest one, takes part."""
+    d = tl.program_id(1).to(tl.int64)
+    reverse = is_reversed(d, D, direction)
+    tile = tl.program_id(0).to(tl.int64) * BLOCK_B
+    b = tile + tl.arange(0, BLOCK_B)
+    length = tl.zeros([BLOCK_B], tl.int64) + T
+    if PACKED:
+        length = tl.load(lengths + b, mask=b < B, other=0)
+        longest = tl.load(lengths + tile).to(tl.int32)
+        first = tl.where(reverse, tl.maximum(first, T - longest), first)
+        end = tl.maximum(first, tl.where(reverse, end, tl.minimum(end, longest)))
+    return d, reverse, b, b < B, length, first, end
+
+
+@triton.jit
 def first_row(PACKED: tl.constexpr, offsets, t, B):
     """Of the rows of step t."""
     if PACKED:
@@ -37,16 +71,6 @@ def first_row(PACKED: tl.constexpr, offsets, t, B):
     else:
         row = t.to(tl.int64) * B
     return row
-
-
-@triton.jit
-def steps_of_tile(PACKED: tl.constexpr, lengths, b, first, end, T, reverse):
-    """Those of [first, end) in which the row b, the longest of a tile, takes part."""
-    if PACKED:
-        length = tl.load(lengths + b).to(tl.int32)
-        first = tl.where(reverse, tl.maximum(first, T - length), first)
-        end = tl.where(reverse, end, tl.minimum(end, length))
-    return first, end
 
 
 @triton.jit

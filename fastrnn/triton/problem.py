@@ -101,10 +101,9 @@ class Problem:
             self.counts = batch_sizes.tolist()
             self.T, self.B, self.N = len(self.counts), self.counts[0], self.leading[0]
             for t, (n, before) in enumerate(zip(self.counts, [self.N, *self.counts])):  # noqa: B905
-                _expect(
-                    0 < n <= before,
-                    f"batch_sizes must be positive and must not increase, got {n} at step {t}",
-                )
+                if not 0 < n <= before:
+                    text = "batch_sizes must be positive and must not increase"
+                    _expect(False, f"{text}, got {n} at step {t}")
             total = sum(self.counts)
             _expect(
                 total == self.N, f"batch_sizes sum to {total} rows, the data has {self.N}"
@@ -127,14 +126,14 @@ class Problem:
         if tensor is None:
             return
         dtype = dtype or self.dtype
-        _expect(
-            list(tensor.shape) == list(shape),
-            f"{name} must have shape {list(shape)}, got {list(tensor.shape)}",
-        )
-        _expect(tensor.dtype == dtype, f"{name} must have dtype {dtype}, got {tensor.dtype}")
-        _expect(
-            tensor.device == self.device, f"{name} must be on {self.device}, got {tensor.device}"
-        )
+        if tensor.shape != torch.Size(shape):
+            _expect(False, f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != dtype or tensor.device != self.device:
+            _expect(
+                False,
+                f"{name} must have dtype {dtype} and be on {self.device}, got {tensor.dtype} on "
+                f"{tensor.device}",
+            )
         self.check_storage(tensor, name)
 
     @staticmethod
@@ -145,10 +144,9 @@ class Problem:
         places = zip(tensor.shape, tensor.stride(), strict=True)
         end = tensor.storage_offset() + 1 + sum((n - 1) * stride for n, stride in places)
         held = tensor.untyped_storage().nbytes()
-        _expect(
-            end * tensor.itemsize <= held,
-            f"the storage of {name} holds {held} bytes, fewer than its {end} elements",
-        )
+        if end * tensor.itemsize > held:
+            text = f"the storage of {name} holds {held} bytes"
+            _expect(False, f"{text}, fewer than its {end} elements")
 
     def check_c(self, *given: Tensor | None) -> None:
         """That no state c, and no gradient of one, is given to a cell that has none."""

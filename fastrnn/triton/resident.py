@@ -17,13 +17,12 @@ import triton.language as tl
 from .memory import (
     VARYING,
     first_row,
-    is_reversed,
     load,
     load_each,
     place_before,
+    place_in_sequence,
     step_backward,
     step_forward,
-    steps_of_tile,
     store,
 )
 
@@ -35,16 +34,12 @@ def resident_forward(
     OWN: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    d = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0).to(tl.int64) * BLOCK_B
-    reverse = is_reversed(d, D, direction)
-    b = tile + tl.arange(0, BLOCK_B)
+    d, reverse, b, there, length, first, end = place_in_sequence(
+        PACKED, lengths, first, end, T, B, D, direction, BLOCK_B
+    )
     j = tl.arange(0, BLOCK_H)
     k = tl.arange(0, BLOCK_H)
-    mask = (b < B)[:, None] & (j < H)[None, :]
-    length = T
-    if PACKED:
-        length = tl.load(lengths + b, mask=b < B, other=0)
+    mask = there[:, None] & (j < H)[None, :]
     begin = tl.where(reverse, begin1, begin0)
 
     inside = (k < W)[:, None] & (j < W)[None, :]
@@ -56,7 +51,6 @@ def resident_forward(
     if HAS_C:
         c_tile = load(COMPUTE, c + state, mask)
 
-    first, end = steps_of_tile(PACKED, lengths, tile, first, end, T, reverse)
     for s in range(first, end):
         t = tl.where(reverse, T - 1 - s, s)
         active = mask & (t < length)[:, None] if PACKED else mask
@@ -84,16 +78,12 @@ def resident_backward(
     G: tl.constexpr, A: tl.constexpr, HAS_DOUTPUT: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    d = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0).to(tl.int64) * BLOCK_B
-    reverse = is_reversed(d, D, direction)
-    b = tile + tl.arange(0, BLOCK_B)
+    d, reverse, b, there, length, first, end = place_in_sequence(
+        PACKED, lengths, 0, T, T, B, D, direction, BLOCK_B
+    )
     j = tl.arange(0, BLOCK_H)
     k = tl.arange(0, BLOCK_H)
-    mask = (b < B)[:, None] & (j < H)[None, :]
-    length = tl.zeros([BLOCK_B], tl.int64) + T
-    if PACKED:
-        length = tl.load(lengths + b, mask=b < B, other=0)
+    mask = there[:, None] & (j < H)[None, :]
 
     inside = (j < W)[:, None] & (k < W)[None, :]
     straight = weight + d * (G * W * W) + j[:, None] * W + k[None, :]  # [BLOCK_H of j, of k]
@@ -104,7 +94,6 @@ def resident_backward(
     if HAS_C:
         dc_tile = load(COMPUTE, dc + state, mask)
 
-    first, end = steps_of_tile(PACKED, lengths, tile, 0, T, T, reverse)
     for i in range(first, end):
         s = first + end - 1 - i
         t = tl.where(reverse, T - 1 - s, s)

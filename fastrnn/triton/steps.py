@@ -19,9 +19,9 @@ import triton.language as tl
 
 from .memory import (
     VARYING,
-    is_reversed,
     load,
     load_each,
+    place_in_step,
     step_backward,
     step_forward,
     store,
@@ -36,12 +36,9 @@ def gates_forward(
     COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The new c, and h; with a projection what is to be projected."""
-    d = tl.program_id(2).to(tl.int64)
-    reverse = is_reversed(d, D, direction)
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask = (b < tl.where(reverse, count1, count0))[:, None] & (j < H)[None, :]
-    row = tl.where(reverse, row1, row0).to(tl.int64) + b
+    d, reverse, b, j, mask, row = place_in_step(
+        row0, row1, count0, count1, D, direction, H, BLOCK_B, BLOCK_H
+    )
     at = (d * B + b)[:, None]
     r = load_each(COMPUTE, G, product + at * (G * H) + j[None, :], H, mask)
     state = at * H + j[None, :]
@@ -70,12 +67,9 @@ def project_forward(
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The new h, which is `projected`, rounded."""
-    d = tl.program_id(2).to(tl.int64)
-    reverse = is_reversed(d, D, direction)
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask = (b < tl.where(reverse, count1, count0))[:, None] & (j < P)[None, :]
-    row = tl.where(reverse, row1, row0).to(tl.int64) + b
+    d, _, b, j, mask, row = place_in_step(
+        row0, row1, count0, count1, D, direction, P, BLOCK_B, BLOCK_H
+    )
     at = (d * B + b)[:, None] * P + j[None, :]
     h_new = load(COMPUTE, projected + at, mask)
     store(h + at, h_new, mask)
@@ -92,12 +86,9 @@ def gates_backward(
 ):  # fmt: skip
     """The gradients of the products, of c before the step, and what of that of h does not pass
     through the recurrent product; dh and product make up that of h after the step."""
-    d = tl.program_id(2).to(tl.int64)
-    reverse = is_reversed(d, D, direction)
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask = (b < tl.where(reverse, count1, count0))[:, None] & (j < H)[None, :]
-    row = tl.where(reverse, row1, row0).to(tl.int64) + b
+    d, reverse, b, j, mask, row = place_in_step(
+        row0, row1, count0, count1, D, direction, H, BLOCK_B, BLOCK_H
+    )
     row_before = tl.where(reverse, before1, before0).to(tl.int64) + b
     has_before = b < tl.where(reverse, count_before1, count_before0)
     state = (d * B + b)[:, None] * H + j[None, :]
@@ -128,12 +119,9 @@ def project_backward(
     HAS_DOUTPUT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The whole gradient of h after the step: for the product with W_hr, and for that of W_hr."""
-    d = tl.program_id(2).to(tl.int64)
-    reverse = is_reversed(d, D, direction)
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask = (b < tl.where(reverse, count1, count0))[:, None] & (j < P)[None, :]
-    row = tl.where(reverse, row1, row0).to(tl.int64) + b
+    d, _, b, j, mask, row = place_in_step(
+        row0, row1, count0, count1, D, direction, P, BLOCK_B, BLOCK_H
+    )
     state = (d * B + b)[:, None] * P + j[None, :]
     dh_all = load(COMPUTE, dh + state, mask) + load(COMPUTE, product + state, mask)
     if HAS_DOUTPUT:

@@ -19,13 +19,12 @@ import triton.language as tl
 from .memory import (
     VARYING,
     first_row,
-    is_reversed,
     load,
     load_each,
     place_before,
+    place_in_sequence,
     step_backward,
     step_forward,
-    steps_of_tile,
     store,
 )
 
@@ -38,14 +37,9 @@ def streamed_forward(
     PACKED: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    d = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0).to(tl.int64) * BLOCK_B
-    reverse = is_reversed(d, D, direction)
-    b = tile + tl.arange(0, BLOCK_B)
-    there = b < B
-    length = tl.zeros([BLOCK_B], tl.int64) + T
-    if PACKED:
-        length = tl.load(lengths + b, mask=there, other=0)
+    d, reverse, b, there, length, first, end = place_in_sequence(
+        PACKED, lengths, first, end, T, B, D, direction, BLOCK_B
+    )
     begin = tl.where(reverse, begin1, begin0)
     STORAGE: tl.constexpr = h.dtype.element_ty
     weight += d * (G * W * W)
@@ -53,7 +47,6 @@ def streamed_forward(
     old = h
     new = h_next
 
-    first, end = steps_of_tile(PACKED, lengths, tile, first, end, T, reverse)
     for s in range(first, end):
         t = tl.where(reverse, T - 1 - s, s)
         active = there & (t < length)
@@ -106,21 +99,15 @@ def streamed_backward(
     PRECISION: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    d = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0).to(tl.int64) * BLOCK_B
-    reverse = is_reversed(d, D, direction)
-    b = tile + tl.arange(0, BLOCK_B)
-    there = b < B
-    length = tl.zeros([BLOCK_B], tl.int64) + T
-    if PACKED:
-        length = tl.load(lengths + b, mask=there, other=0)
+    d, reverse, b, there, length, first, end = place_in_sequence(
+        PACKED, lengths, 0, T, T, B, D, direction, BLOCK_B
+    )
     STORAGE: tl.constexpr = weight.dtype.element_ty
     weight += d * (G * W * W)
     state = (d * B + b)[:, None] * H
     # What the products take: dgates, where the gradient of the recurrent products is the same.
     factors = drecurrent if OWN > 0 else dgates
 
-    first, end = steps_of_tile(PACKED, lengths, tile, 0, T, T, reverse)
     for i in range(first, end):
         s = first + end - 1 - i
         t = tl.where(reverse, T - 1 - s, s)

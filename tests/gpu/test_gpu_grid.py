@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_gpu_parity import LONG, expected
+from test_gpu_parity import LONG
 from torch import Tensor
 
 import cuda_on_host
 import fastrnn
-from cases import CASES, CELLS, DTYPES, Case
+from cases import CASES, CELLS, DTYPES, Case, expected
 from compare import check, check_identical, compare
 
 HAS_GPU = torch.cuda.is_available()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -11,24 +10,10 @@ from torch import Tensor, nn
 
 import cuda_on_host
 import fastrnn
-from cases import CASES, CELLS, DTYPES, Case, Problem, build
+from cases import CASES, CELLS, DTYPES, Case, expected
 from compare import check, check_identical, run_cell
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-
-
-@functools.cache
-def expected(
-    cell: str, case: Case, dtype: torch.dtype, device: str
-) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor]]:
-    """The problem, torch.nn's results in `dtype` on the device and in float64."""
-    problem = build(cell, case, dtype)
-    try:
-        same = problem.run(nn, device=device)
-    except RuntimeError:  # cuDNN has no backward in evaluation, and wants contiguous states
-        with torch.backends.cudnn.flags(enabled=False):
-            same = problem.run(nn, device=device)
-    return problem, same, problem.run(nn, torch.float64)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_gpu_parity import LONG, expected, states
+from test_gpu_parity import LONG, states
 from torch import Tensor, nn
 
 import fastrnn
-from cases import CASES, CELLS, DTYPES, Case
+from cases import CASES, CELLS, DTYPES, Case, expected
 from compare import check, check_identical
 
 LOW = ["bfloat16", "float16"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
-from cases import CASES, CELLS, DTYPES, Case, Problem, build
+from cases import CASES, CELLS, DTYPES, Case, expected
 from compare import check, check_identical, run_cell
 from fastrnn.triton import forward
 
@@ -34,24 +33,10 @@ SEQUENCE_CASES = [
 ]  # fmt: skip
 # Beyond them: several blocks of rows, and of units in either direction of the products.
 WIDE = [
-    Case("wide", "several blocks of units", T=2, B=18, H=70),
+    Case("wide", "several blocks of rows and units", T=2, B=18, H=70, bidirectional=True),
     Case("wide-packed", "the same, rows come and go", H=70, lengths=(4, *[2] * 16, 1)),
     Case("square", "blocks without a rest", T=3, B=16, H=64),
 ]  # fmt: skip
-
-
-@functools.cache
-def expected(
-    cell: str, case: Case, dtype: torch.dtype, device: str
-) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor]]:
-    """The problem, torch.nn's results in `dtype` on the device and in float64."""
-    problem = build(cell, case, dtype)
-    try:
-        same = problem.run(nn, device=device)
-    except RuntimeError:  # cuDNN has no backward in evaluation, and wants contiguous states
-        with torch.backends.cudnn.flags(enabled=False):
-            same = problem.run(nn, device=device)
-    return problem, same, problem.run(nn, torch.float64)
 
 
 def check_case(device: str, cell: str, case: Case, dtype: str) -> dict[str, Tensor]:
@@ -87,7 +72,6 @@ def test_sequences(
 ) -> None:
     if path == "resident":  # of float32 only by TF32, then torch's too
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        expected.cache_clear()
     ask(path)
     check_case(device, cell, BY_ID[case], "float32")
 
