@@ -2,6 +2,7 @@
 // written on this; csrc/cpu/device.cpp and csrc/cuda/device.h are what there is.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "problem.h"
@@ -18,8 +19,11 @@ struct Rows {
     return {array, width, d * N * width};
   }
   static Rows of_output(const Array& output, int64_t d, int64_t D, int64_t P) { return {output, D * P, d * P}; }
+  static Rows of_input(const Array& input, int64_t d, int64_t M, int64_t I) { return {input, M * I, d % M * I}; }
   // From this row, and this column, on.
   Rows from(int64_t row, int64_t column = 0) const { return {array, row_stride, offset + row * row_stride + column}; }
+  // Each `apart`-th of them, from this one on.
+  Rows each(int64_t apart, int64_t first) const { return {array, row_stride * apart, offset + first * row_stride}; }
   void* data() const { return static_cast<char*>(array.data) + static_cast<size_t>(offset * item_size(array.dtype)); }
 };
 
@@ -49,6 +53,8 @@ class Device {
                            bool add) = 0;
   // sums[column] = sum over `rows` rows of columns [0, columns)
   virtual void sum_over_rows(const Rows& array, int64_t rows, int64_t columns, const Rows& sums) = 0;
+  // Calls f(0) to f(count - 1), which may run at the same time.
+  virtual void for_each(int64_t count, const std::function<void(int64_t)>& f) = 0;
   // A result in the dtype of the layer: itself, or a copy.
   virtual Tensor to_storage(const Tensor& result, ScalarType storage) const = 0;
 

@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tens
 
   ScanArgs a;
   static_cast<ScanShape&>(a) = s;
-  a.I = p.I, a.input = input.const_data_ptr();
+  a.I = p.I, a.M = p.M, a.input = input.const_data_ptr();
   a.weight_ih = p.weights.ih_arrays.data(), a.weight_hh = p.weights.hh_arrays.data();
   a.scale_ih = a.scale_hh = nullptr;
   a.bias_ih = Weights::or_null(p.weights.b_ih_arrays), a.bias_hh = Weights::or_null(p.weights.b_hh_arrays);
@@ -117,7 +117,8 @@ struct BetweenPasses {
   }
 };
 
-// The gradients of the weights of group d from those of its products, in the order of the operator's list.
+// The gradients of the weights of group d from those of its products, in the order of the operator's list; where
+// parts > 1, one for each of so many equal parts of the batch [parts, ...].
 class WeightGradients {
  public:
   WeightGradients(const Problem& problem, Device& device, const Tensor& input, const Tensor& output,
@@ -125,84 +126,122 @@ class WeightGradients {
       : p(problem),
         s(problem.shape),
         device_(device),
-        dtype_(problem.compute()),
         input_(input),
         output_(output),
         first_(h0 ? *h0 : device.zeros(problem.state(problem.shape.P), problem.dtype)),
         between_(between) {}
 
   // dW_ih [G * H, I] = sum over time of dx_t input_t^T
-  Tensor weight_ih(int64_t d) const {
-    const Tensor dw = device_.make({G * s.H, p.I}, dtype_);
-    device_.outer_product(Rows::of_matrix(dw, p.I), G * s.H, p.I, Rows::of_group(between_.dgates, d, s.N, G * s.H),
-                          Rows::of_matrix(input_, p.I), s.N, false);
-    return device_.to_storage(dw, p.dtype);
+  Tensor weight_ih(int64_t d, int64_t parts) const {
+    return over_parts(parts, {G * s.H, p.I}, [&](const Rows& target, const Some& rows, bool add) {
+      outer_product(target, G * s.H, p.I, dgates(d), Rows::of_input(input_, d, p.M, p.I), rows, s.N, add);
+    });
   }
 
   // dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T, where dr is `drecurrent` for the last R gates
-  Tensor weight_hh(int64_t d) const {
-    const Tensor dw = device_.make({G * s.H, s.P}, dtype_);
-    const int64_t shared = (G - R) * s.H, own = R * s.H;
-    const Rows target = Rows::of_matrix(dw, s.P);
-    add_recurrent(target, d, shared, Rows::of_group(between_.dgates, d, s.N, G * s.H));
-    if (own > 0) add_recurrent(target.from(shared), d, own, Rows::of_group(between_.drecurrent, d, s.N, own));
-    return device_.to_storage(dw, p.dtype);
+  Tensor weight_hh(int64_t d, int64_t parts) const {
+    const int64_t own = R * s.H, shared = G * s.H - own;
+    return over_parts(parts, {G * s.H, s.P}, [&](const Rows& target, const Some& rows, bool add) {
+      add_recurrent(target, d, shared, dgates(d), rows, add);
+      if (own > 0) add_recurrent(target.from(shared), d, own, drecurrent(d), rows, add);
+    });
   }
 
   // db_ih [G * H] = sum over time of dx_t; db_hh that of dr_t
-  Tensor bias(int64_t d, bool recurrent) const {
-    const Tensor db = device_.make({G * s.H}, dtype_);
-    const int64_t own = recurrent ? R * s.H : 0, shared = G * s.H - own;
-    const Rows sums = Rows::of_matrix(db, G * s.H);
-    device_.sum_over_rows(Rows::of_group(between_.dgates, d, s.N, G * s.H), s.N, shared, sums);
-    if (own > 0)
-      device_.sum_over_rows(Rows::of_group(between_.drecurrent, d, s.N, own), s.N, own, sums.from(0, shared));
-    return device_.to_storage(db, p.dtype);
+  Tensor bias(int64_t d, bool recurrent, int64_t parts) const {
+    const int64_t own = recurrent ? R * s.H : 0, shared = G * s.H - own, members = s.B / parts;
+    // of each row of the batch, where a part has more than one
+    const Tensor sums = device_.make({parts > 1 && members > 1 ? s.B : 0, G * s.H}, p.compute());
+    return over_parts(parts, {G * s.H}, [&](const Rows& target, const Some& rows, bool) {
+      const bool whole = parts == 1 || members == 1;
+      const Rows sum = whole ? target : Rows::of_matrix(sums, G * s.H).from(rows.first);
+      device_.sum_over_rows(dgates(d).each(rows.apart, rows.first), s.N / rows.apart, shared, sum);
+      if (own > 0)
+        device_.sum_over_rows(drecurrent(d).each(rows.apart, rows.first), s.N / rows.apart, own, sum.from(0, shared));
+      if (!whole && rows.first % members == members - 1)
+        device_.sum_over_rows(Rows::of_matrix(sums, G * s.H).from(rows.first - members + 1), members, G * s.H, target);
+    });
   }
 
   // dW_hr [P, H] = sum over time of dh_t (o tanh c)_t^T
-  Tensor weight_hr(int64_t d) const {
-    const Tensor dw = device_.make({s.P, s.H}, dtype_);
-    device_.outer_product(Rows::of_matrix(dw, s.H), s.P, s.H, Rows::of_group(between_.dprojected, d, s.N, s.P),
-                          Rows::of_group(between_.unprojected, d, s.N, s.H), s.N, false);
-    return device_.to_storage(dw, p.dtype);
+  Tensor weight_hr(int64_t d, int64_t parts) const {
+    return over_parts(parts, {s.P, s.H}, [&](const Rows& target, const Some& rows, bool add) {
+      outer_product(target, s.P, s.H, Rows::of_group(between_.dprojected, d, s.N, s.P),
+                    Rows::of_group(between_.unprojected, d, s.N, s.H), rows, s.N, add);
+    });
   }
 
-  // dinput [N, I] = sum over groups of dx W_ih
+  // dinput [N, M, I]: of each input the sum of dx W_ih over its groups
   Tensor input() const {
     Sizes sizes = p.leading;
-    sizes.push_back(p.I);
-    const Tensor dinput = device_.make(sizes, dtype_);
-    for (int64_t d = 0; d < s.D; ++d)
-      device_.row_product(Rows::of_matrix(dinput, p.I), s.N, p.I, Rows::of_group(between_.dgates, d, s.N, G * s.H),
-                          Rows::of_matrix(p.weights.ih[static_cast<size_t>(d)], p.I), G * s.H, d > 0);
+    sizes.push_back(p.M * p.I);
+    const Tensor dinput = device_.make(sizes, p.compute());
+    const auto of_input = [&](int64_t m) {
+      for (int64_t d = m; d < s.D; d += p.M)
+        device_.row_product(Rows::of_input(dinput, m, p.M, p.I), s.N, p.I, dgates(d),
+                            Rows::of_matrix(p.weights.ih[static_cast<size_t>(d)], p.I), G * s.H, d > m);
+    };
+    p.M > 1 ? device_.for_each(p.M, of_input) : of_input(0);
     return device_.to_storage(dinput, p.dtype);
   }
 
  private:
-  // target [rows, P] = sum over time of dr_t h_{t-1}^T
-  void add_recurrent(const Rows& target, int64_t d, int64_t rows, const Rows& dr) const {
+  // The rows of data first, first + apart, ...: all of them, or those of one row of the batch.
+  struct Some {
+    int64_t apart, first;
+  };
+
+  // A gradient of these sizes, or one for each part [parts, ...]: add(target, rows, add) for some rows after others.
+  template <class F>
+  Tensor over_parts(int64_t parts, Sizes sizes, F add) const {
+    const int64_t height = sizes[0], width = sizes.size() > 1 ? sizes[1] : 1;
+    if (parts > 1) sizes.insert(sizes.begin(), parts);
+    const Tensor result = s.B > 0 ? device_.make(sizes, p.compute()) : device_.zeros(sizes, p.compute());
+    const Rows target = Rows::of_matrix(result, width);
+    if (parts == 1) add(target, Some{1, 0}, false);
+    const int64_t members = s.B / parts;
+    const auto add_part = [&](int64_t part) {
+      for (int64_t i = 0; i < members; ++i) add(target.from(part * height), Some{s.B, part * members + i}, i > 0);
+    };
+    if (parts > 1) device_.for_each(parts, add_part);
+    return device_.to_storage(result, p.dtype);
+  }
+
+  Rows dgates(int64_t d) const { return Rows::of_group(between_.dgates, d, s.N, G * s.H); }
+  Rows drecurrent(int64_t d) const { return Rows::of_group(between_.drecurrent, d, s.N, R * s.H); }
+
+  // target [height, K] (+)= sum over some of the first `count` rows of a^T b
+  void outer_product(const Rows& target, int64_t height, int64_t K, const Rows& a, const Rows& b, const Some& rows,
+                     int64_t count, bool add) const {
+    device_.outer_product(target, height, K, a.each(rows.apart, rows.first), b.each(rows.apart, rows.first),
+                          count / rows.apart, add);
+  }
+
+  // target [height, P] (+)= sum over time of dr_t h_{t-1}^T
+  void add_recurrent(const Rows& target, int64_t d, int64_t height, const Rows& dr, const Some& rows, bool add) const {
     if (between_.before.data) {
       const Rows before = Rows::of_group(between_.before, d, s.N, s.P);
-      return device_.outer_product(target, rows, s.P, dr, before, s.N, false);
+      return outer_product(target, height, s.P, dr, before, rows, s.N, add);
     }
     const Rows h = Rows::of_output(output_, d, s.D, s.P);
     const int64_t rest = s.N - s.B;  // rows behind the first step, or before the last
     const bool reverse = s.reversed(d);
     if (rest > 0)
-      device_.outer_product(target, rows, s.P, dr.from(reverse ? 0 : s.B), h.from(reverse ? s.B : 0), rest, false);
-    device_.outer_product(target, rows, s.P, dr.from(reverse ? rest : 0), Rows::of_group(first_, d, s.B, s.P), s.B,
-                          rest > 0);
+      outer_product(target, height, s.P, dr.from(reverse ? 0 : s.B), h.from(reverse ? s.B : 0), rows, rest, add);
+    outer_product(target, height, s.P, dr.from(reverse ? rest : 0), Rows::of_group(first_, d, s.B, s.P), rows, s.B,
+                  add || rest > 0);
   }
 
   const Problem& p;
   const ScanShape& s;
   Device& device_;
-  const ScalarType dtype_;
   const int64_t G = p.cell.gates, R = p.cell.own;
   const Tensor input_, output_, first_;  // first_: h that enters the first step
   const BetweenPasses& between_;
 };
+
+// From so many groups on they are divided among threads; below, the products of each are.
+constexpr int64_t kManyGroups = 4;
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
     StringHandle name, OptionalTensor doutput_, OptionalTensor dh_n_, OptionalTensor dc_n_, Tensor input_,
@@ -221,6 +260,10 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
   check(input, "the input", sizes_of(input), p.dtype, device->place());
   STD_TORCH_CHECK(wanted.size() == list.size() + 3, "fastrnn: wanted must hold ", list.size() + 3, " flags, got ",
                   wanted.size());
+  for (const int64_t parts : wanted)
+    STD_TORCH_CHECK(parts == 0 || parts == 1 || (parts > 1 && !batch_sizes && s.B % parts == 0),
+                    "fastrnn: wanted must hold 0, 1 or a number of parts of the batch of ", s.B,
+                    " rows of dense data, got ", parts);
   STD_TORCH_CHECK(has_c || (!c0 && !dc_n && !wanted[2]), "fastrnn: ", cell, " has no cell state");
 
   ScanBackwardArgs a;
@@ -248,21 +291,26 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
   device->run(a);
 
   const WeightGradients gradients(p, *device, input, output, h0, between);
-  std::vector<Tensor> dweights;
-  for (size_t i = 0; i < list.size(); ++i) {
-    const int64_t d = static_cast<int64_t>(i / p.weights.per_group);
+  std::vector<std::optional<Tensor>> found(list.size());
+  const auto gradient = [&](size_t i) {
+    const int64_t d = static_cast<int64_t>(i / p.weights.per_group), parts = wanted[i + 3];
     const size_t kind = i % p.weights.per_group;
-    if (!wanted[i + 3])
-      dweights.push_back(device->make(none, p.dtype));
-    else if (kind == 0)
-      dweights.push_back(gradients.weight_ih(d));
-    else if (kind == 1)
-      dweights.push_back(gradients.weight_hh(d));
-    else if (p.weights.has_bias() && kind < 4)
-      dweights.push_back(gradients.bias(d, kind == 3));
-    else
-      dweights.push_back(gradients.weight_hr(d));
+    if (parts == 0) return device->make(none, p.dtype);
+    if (kind == 0) return gradients.weight_ih(d, parts);
+    if (kind == 1) return gradients.weight_hh(d, parts);
+    return p.weights.has_bias() && kind < 4 ? gradients.bias(d, kind == 3, parts) : gradients.weight_hr(d, parts);
+  };
+  const auto gradients_of_group = [&](int64_t d) {
+    const size_t first = static_cast<size_t>(d) * p.weights.per_group;
+    for (size_t i = first; i < first + p.weights.per_group; ++i) found[i] = gradient(i);
+  };
+  if (s.D >= kManyGroups) {
+    device->for_each(s.D, gradients_of_group);
+  } else {
+    for (int64_t d = 0; d < s.D; ++d) gradients_of_group(d);
   }
+  std::vector<Tensor> dweights;
+  for (const std::optional<Tensor>& t : found) dweights.push_back(*t);
   return {wanted[0] ? gradients.input() : device->make(none, p.dtype), dweights, dh0, dc0};
 }
 
@@ -270,10 +318,12 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
 }  // namespace fastrnn
 
 // Dimension key: scan.h. One layer, all its groups (directions, members of an ensemble): input [T, B, I], or packed
-// [N, I] with batch_sizes [T]; weights: weight_ih [G * H, I], weight_hh [G * H, P], with biases bias_ih and bias_hh
-// [G * H], with a projection weight_hr [P, H], for each group; output [T, B, D * P] or [N, D * P]; cells [D, N, H] and
-// saved [D, N, A * H] for backward. wanted: whether the gradient of the input, of h0, of c0 and of each weight is asked
-// for. Empty tensors [0] stand for what a cell does not have or what was not asked for.
+// [N, I] with batch_sizes [T], or M * I features: M inputs, of which group d reads the (d mod M)-th; weights: weight_ih
+// [G * H, I], weight_hh [G * H, P], with biases bias_ih and bias_hh [G * H], with a projection weight_hr [P, H], for
+// each group; output [T, B, D * P] or [N, D * P]; cells [D, N, H] and saved [D, N, A * H] for backward. wanted: whether
+// the gradient of the input, of h0, of c0 and of each weight is asked for; of a weight n > 1 asks for n gradients [n,
+// ...], one for each of n equal parts of the batch of dense data. Empty tensors [0] stand for what a cell does not have
+// or what was not asked for.
 FASTRNN_DEFINE(FASTRNN_LIBRARY, m) {
   m.def(
       "layer(str cell, Tensor input, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int groups, "

@@ -63,7 +63,7 @@ struct Problem {
   ScanShape shape;
   CellInfo cell;
   ScalarType dtype;
-  int64_t I;
+  int64_t I, M;   // M inputs [I] side by side in a row of data
   Sizes leading;  // [T, B] dense or [N] packed: the leading dimensions of input and output
   std::vector<int64_t> offsets;
   Weights weights;
@@ -76,17 +76,17 @@ struct Problem {
     STD_TORCH_CHECK(direction >= 0 && direction <= 2, "fastrnn: direction must be 0, 1 or 2, got ", direction);
     STD_TORCH_CHECK(direction != 2 || groups % 2 == 0, "fastrnn: direction 2 needs an even number of groups, got ",
                     groups);
-    shape.direction = static_cast<Direction>(direction);
+    shape.direction = static_cast<Direction>(direction), shape.D = groups;
     dtype = input.scalar_type();
     shape.dtype = dtype_of(dtype);
     const int64_t dims = batch_sizes ? 2 : 3;
     STD_TORCH_CHECK(input.dim() == dims, "fastrnn: the input must have ", dims, " dimensions, got ", input.dim());
-    I = input.size(dims - 1);
+    take_input(input.size(dims - 1));
 
     const Tensor& weight_hh = weights.hh[0];
     STD_TORCH_CHECK(weight_hh.dim() == 2, "fastrnn: weight_hh must have 2 dimensions [G * H, P], got ",
                     weight_hh.dim());
-    shape.D = groups, shape.H = weight_hh.size(0) / cell.gates, shape.P = weight_hh.size(1);
+    shape.H = weight_hh.size(0) / cell.gates, shape.P = weight_hh.size(1);
     shape.projected = weights.projected();
     STD_TORCH_CHECK(shape.H > 0 && shape.P > 0, "fastrnn: weight_hh must not be empty, got ",
                     text(sizes_of(weight_hh)));
@@ -101,6 +101,17 @@ struct Problem {
     STD_TORCH_CHECK(shape.T > 0, "fastrnn: Expected sequence length to be larger than 0 in RNN");
   }
   Problem(const Problem&) = delete;
+
+  // One input for all groups, or one for each member of an ensemble, whose groups lie M apart.
+  void take_input(int64_t width) {
+    I = width, M = 1;
+    const int64_t own = weights.ih[0].dim() == 2 ? weights.ih[0].size(1) : 0;
+    if (own == width || own == 0 || width % own != 0) return;  // what is wrong is said of weight_ih
+    const int64_t groups = shape.direction == Direction::kBoth ? shape.D / 2 : shape.D;
+    STD_TORCH_CHECK(groups % (width / own) == 0, "fastrnn: the input has ", width / own, " times the ", own,
+                    " features of weight_ih, which does not divide the ", groups, " groups of a direction");
+    I = own, M = width / own;
+  }
 
   void take_dense(int64_t T, int64_t B) {
     leading = {T, B};

@@ -47,7 +47,8 @@ struct ScanShape {
 // groups of a row lie side by side, as the next layer reads them.
 struct ScanArgs : ScanShape {
   int64_t I;
-  const void* input;             // Storage [N, I]
+  int64_t M = 1;                 // inputs side by side: group d reads the (d mod M)-th, all groups the only one
+  const void* input;             // Storage [N, M, I]
   const void* const* weight_ih;  // [D] Storage (or weight_type) [G, H, I]
   const void* const* weight_hh;  // [D] Storage (or weight_type) [G, H, P]
   const float* const* scale_ih;  // [D] [G, H], kInt8 only

@@ -18,7 +18,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -118,20 +118,46 @@ def why_not(backend: str, tensors: Sequence[Tensor | None]) -> str | None:
     if it can."""
     data = tensors[0]
     assert data is not None
-    reason = (_why_not_native if backend == "native" else _why_not_triton)(data.device)
+    reason = _why_no_kernels(backend, data.device, data.dtype)
     if reason is not None:
         return reason
-    if data.dtype not in _DTYPES:
-        return f"there are no {backend} kernels for {data.dtype}"
-    if torch._C._are_functorch_transforms_active() or any(
-        t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors
-    ):
-        return f"the {backend} kernels have no rules for torch.func transforms"
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
+    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):
+        return f"the {backend} kernels have no rules for is_grads_batched"
+    if _has_tangents(tensors):
         return f"the {backend} kernels have no forward-mode derivative"
     return None
+
+
+def _why_no_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = (_why_not_native if backend == "native" else _why_not_triton)(device)
+    if reason is None and dtype not in _DTYPES:
+        return f"there are no {backend} kernels for {dtype}"
+    return reason
+
+
+def _has_tangents(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether forward-mode derivatives are asked for, by torch.func or without it."""
+    if torch._C._are_functorch_transforms_active():
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        if any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels):
+            return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether tensors are mapped by vmap, of either kind, or carry forward-mode derivatives."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+    )
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace records what is called."""
+    return torch._C._get_tracing_state() is not None
 
 
 def _why_not_native(device: torch.device) -> str | None:
@@ -241,18 +267,29 @@ def resolve(tensors: Sequence[Tensor | None]) -> str:
     Raises:
         RuntimeError: the backend asked for cannot run it.
     """
+    data = tensors[0]
+    assert data is not None
+    return _first(data.device, lambda backend: why_not(backend, tensors))
+
+
+@torch.compiler.assume_constant_result
+def while_compiling(device: torch.device, dtype: torch.dtype) -> str:
+    """``resolve`` for data of this kind, whose answer a compiled model keeps."""
+    return _first(device, lambda backend: _why_no_kernels(backend, device, dtype))
+
+
+def _first(device: torch.device, reason_against: Callable[[str], str | None]) -> str:
+    """The first backend, of those that come into question, against which there is no reason."""
     asked = get_backend()
     if asked == "reference":
         return "reference"
-    data = tensors[0]
-    assert data is not None
     if asked != "auto":
         candidates: Sequence[str] = (asked,)
     else:  # the interpreter of Triton is for those who ask for it
-        candidates = ("native", "triton") if data.is_cuda else ("native",)
+        candidates = ("native", "triton") if device.type == "cuda" else ("native",)
     reasons: list[str] = []
     for backend in candidates:
-        reason = why_not(backend, tensors)
+        reason = reason_against(backend)
         if reason is None:
             return backend
         reasons += [reason] if reason not in reasons else []

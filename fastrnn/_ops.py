@@ -6,13 +6,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cuda_graphs, reference
+from . import cuda_graphs, traced
 
 
 def _load() -> str | None:
@@ -53,51 +53,11 @@ if has_cuda:
     )  # fmt: skip
 
 
-def layer_fake(
-    cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None,
-    batch_sizes: Tensor | None, groups: int, direction: int, save: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Shapes and dtypes of the results of ``layer``, for tensors without data."""
-    info = reference.CELLS[cell]
-    hidden, size = weights[1].shape[0] // info.gates, weights[1].shape[1]
-    batch = input.shape[1] if h0 is None else h0.shape[1]
-    rows = input.shape[:-1].numel()
-    compute = reference.compute_dtype(input.dtype)
-    keeps = save and info.has_c
-    return (
-        input.new_empty([*input.shape[:-1], groups * size]),
-        input.new_empty([groups, batch, size]),
-        input.new_empty([groups, batch, hidden] if info.has_c else [0]),
-        input.new_empty([groups, rows, hidden] if keeps else [0], dtype=compute),
-        input.new_empty([groups, rows, info.saved * hidden] if save else [0]),
-    )
-
-
-def layer_backward_fake(
-    cell: str, doutput: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, input: Tensor,
-    output: Tensor, cells: Tensor, saved: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
-    c0: Tensor | None, batch_sizes: Tensor | None, groups: int, direction: int,
-    wanted: Sequence[int],
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Shapes and dtypes of the results of ``layer_backward``, for tensors without data."""
-    info = reference.CELLS[cell]
-    hidden, size = weights[1].shape[0] // info.gates, weights[1].shape[1]
-    batch = input.shape[1] if h0 is None else h0.shape[1]
-    shapes = [input.shape, [groups, batch, size], [groups, batch, hidden]]
-    shapes += [w.shape for w in weights]
-    made = [
-        input.new_empty(shape if want else [0])
-        for shape, want in zip(shapes, wanted, strict=True)
-    ]
-    return made[0], made[3:], made[1], made[2]
-
-
 if native_error is None:
     python_tensors = importlib.import_module("fastrnn._C").PythonTensors(Tensor, torch.nn.Parameter)
+    traced.describe("fastrnn")
     layer = torch.ops.fastrnn.layer.default
     layer_backward = torch.ops.fastrnn.layer_backward.default
-    torch.library.register_fake("fastrnn::layer", layer_fake)
-    torch.library.register_fake("fastrnn::layer_backward", layer_backward_fake)
 
 
 class Operators(NamedTuple):

@@ -1,22 +1,24 @@
 """The derivatives of ``layer`` and of ``step``, one step of it, of any order.
 
-Forward and backward run the operators. A backward pass that is itself differentiated
-(``create_graph=True``) differentiates ``reference.layer``, which is plain PyTorch, and so do
-backward passes under torch.func and with forward-mode derivatives, which ``_backend.report`` says.
+Eager calls run here, forward and backward on the kernels. Calls that are traced (torch.compile,
+torch.export, torch.jit.trace) put the operator itself into the graph, with the derivatives of
+traced.py. Calls under torch.func, and backward passes that are differentiated or transformed
+themselves, run in transforms.py. Forward-mode derivatives are those of ``reference.layer``, which
+is plain PyTorch, and ``_backend.report`` says so.
 
 Dimension key: see reference.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _backend, _ops, checks, reference
+from . import _backend, _ops, checks, derivatives, reference, transforms
 
 
 def layer(
@@ -31,20 +33,43 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, h_n and c_n of ``reference.layer``, on the backend that the tensors and the user's
     choice give, with derivatives."""
+    call = (cell, input, weights, h0, c0, batch_sizes, groups, direction)
     if torch.compiler.is_compiling():
-        return _layer_uncompiled(cell, input, weights, h0, c0, batch_sizes, groups, direction)
-    return _layer(cell, input, weights, h0, c0, batch_sizes, groups, direction)
-
-
-def _layer(
-    cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None,
-    batch_sizes: Tensor | None, groups: int, direction: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        backend = _backend.while_compiling(input.device, input.dtype)
+        return _on_reference(*call) if backend == "reference" else _operator(backend, *call)
     backend = _backend.resolve((input, h0, c0, *weights))
     if backend == "reference":
-        checks.one_dtype_and_device(input, (h0, c0, *weights))
-        return reference.layer(cell, input, weights, h0, c0, batch_sizes, groups, direction)[:3]
-    return layer_of(backend, cell, input, weights, h0, c0, batch_sizes, groups, direction)
+        return _on_reference(*call)
+    if _backend.is_traced():
+        return _operator(backend, *call)
+    return layer_of(backend, *call)
+
+
+@torch._disable_dynamo  # torch.compile breaks the graph here
+def _on_reference(
+    cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None,
+    *call: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    checks.one_dtype_and_device(input, (h0, c0, *weights))
+    return reference.layer(cell, input, weights, h0, c0, *call)[:3]
+
+
+def _operator(
+    backend: str, cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
+    c0: Tensor | None, *call: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The operator as a node of a graph. An exported or traced one is for inference: gradients that
+    are asked of it nevertheless compute again what backward needs."""
+    is_for_inference = torch.compiler.is_exporting() or _backend.is_traced()
+    save = _wants_gradients(input, h0, c0, *weights) and not is_for_inference
+    results: tuple[Tensor, Tensor, Tensor] = _ops.operators(backend).layer(
+        cell, input, list(weights), h0, c0, *call, save
+    )[:3]
+    return results
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def layer_of(
@@ -52,20 +77,23 @@ def layer_of(
     c0: Tensor | None, batch_sizes: Tensor | None, groups: int, direction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``layer`` for tensors that the kernels of this backend take."""
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, h0, c0, *weights)
-    ):
-        results: tuple[Tensor, Tensor, Tensor]
+    results: tuple[Tensor, Tensor, Tensor]
+    if torch._C._are_functorch_transforms_active():
+        results = transforms.layer(
+            layer_of, backend, cell, input, weights, h0, c0, batch_sizes, groups, direction
+        )
+        return results
+    if _wants_gradients(input, h0, c0, *weights):
         results = Layer.apply(
             backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights
         )
         return results
     run = _ops.operators(backend).layer
-    return run(cell, input, list(weights), h0, c0, batch_sizes, groups, direction, False)[:3]
-
-
-# torch.compile breaks the graph here, as it does at torch.nn's layers.
-_layer_uncompiled = torch._disable_dynamo(_layer)
+    with torch._C._AutoDispatchBelowAutograd():
+        results = run(
+            cell, input, list(weights), h0, c0, batch_sizes, groups, direction, False
+        )[:3]
+    return results
 
 
 class Layer(Function):
@@ -74,12 +102,14 @@ class Layer(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights = arguments
-        output, h_n, c_n, cells, saved = _ops.operators(backend).layer(
-            cell, input, weights, h0, c0, batch_sizes, groups, direction, True
-        )
+        run = _ops.operators(backend).layer
+        with torch._C._AutoDispatchBelowAutograd():
+            output, h_n, c_n, cells, saved = run(
+                cell, input, weights, h0, c0, batch_sizes, groups, direction, True
+            )
         # The user may change the output in place, as torch.nn allows. `data` is an alias that is
         # saved without a check for that; whether it happened is what `changes` counts.
-        ctx.save_for_backward(batch_sizes, input, h0, c0, output.data, cells, saved, *weights)
+        ctx.save_for_backward(batch_sizes, output.data, cells, saved, input, h0, c0, *weights)
         ctx.changes = _version_counter(output)
         ctx.backend, ctx.cell, ctx.groups, ctx.direction = backend, cell, groups, direction
         ctx.set_materialize_grads(False)
@@ -90,29 +120,32 @@ class Layer(Function):
         wanted = ctx.needs_input_grad[5:]
         if all(g is None for g in grads):
             return (None,) * (5 + len(wanted))
-        batch_sizes, input, h0, c0, output, cells, saved, *weights = ctx.saved_tensors
+        batch_sizes, output, cells, saved, *leaves = ctx.saved_tensors
+        input, h0, c0, *weights = leaves
         call = (h0, c0, batch_sizes, ctx.groups, ctx.direction)
-        if _differentiates_reference(ctx.backend, input, grads):
-            gradients = _reference_gradients(
-                lambda: reference.layer(ctx.cell, input, weights, *call)[:3],
-                grads, (input, h0, c0, *weights), wanted,
-            )  # fmt: skip
-            return (None, None, None, None, None, *gradients)
         operators = _ops.operators(ctx.backend)
         if ctx.changes._version:
             output = operators.layer(ctx.cell, input, weights, *call, False)[0]
-        dinput, dweights, dh0, dc0 = operators.layer_backward(
-            ctx.cell, *grads, input, output, cells, saved, weights, *call, list(map(int, wanted))
-        )
-        found = zip((dinput, dh0, dc0, *dweights), wanted, strict=True)
-        return (None, None, None, None, None, *(g if want else None for g, want in found))
+        if _is_differentiated(grads):
+            found = _differentiable_gradients(
+                ctx.backend, derivatives.Call(ctx.cell, *call[2:]), grads,
+                (output, cells, saved), leaves, wanted,
+            )  # fmt: skip
+            return (None, None, None, None, None, *found)
+        with torch._C._AutoDispatchBelowAutograd():
+            dinput, dweights, dh0, dc0 = operators.layer_backward(
+                ctx.cell, *grads, input, output, cells, saved, weights, *call,
+                list(map(int, wanted)),
+            )  # fmt: skip
+        results = zip((dinput, dh0, dc0, *dweights), wanted, strict=True)
+        return (None, None, None, None, None, *(g if want else None for g, want in results))
 
 
 def step(
     cell: str, input: Tensor, weights: Sequence[Tensor], h: Tensor | None, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One step of ``layer``: input [B, I], h and c [B, H] or None -> h' and c'."""
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or _backend.is_traced()):
         backend = _backend.resolve((input, h, c, *weights))
         if backend != "reference":
             return step_of(backend, cell, input, weights, h, c)
@@ -126,14 +159,17 @@ def step_of(
     c: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``step`` for tensors that the kernels of this backend take."""
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, h, c, *weights)
-    ):
+    if torch._C._are_functorch_transforms_active():
+        data, h0, c0 = _with_time(input, h, c)
+        _, h_n, c_n = layer_of(backend, cell, data, weights, h0, c0, None, 1, 0)
+        return h_n.squeeze(0), c_n.squeeze(0)
+    if _wants_gradients(input, h, c, *weights):
         results: tuple[Tensor, Tensor] = Step.apply(backend, cell, input, h, c, *weights)
         return results
     data, h0, c0 = _with_time(input, h, c)
     run = _ops.operators(backend).layer
-    _, h_n, c_n, _, _ = run(cell, data, weights, h0, c0, None, 1, 0, False)
+    with torch._C._AutoDispatchBelowAutograd():
+        _, h_n, c_n, _, _ = run(cell, data, weights, h0, c0, None, 1, 0, False)
     return h_n.squeeze_(0), c_n.squeeze_(0)  # in place: no views
 
 
@@ -144,10 +180,12 @@ class Step(Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         backend, cell, input, h, c, *weights = arguments
         data, h0, c0 = _with_time(input, h, c)
-        output, h_n, c_n, cells, saved = _ops.operators(backend).layer(
-            cell, data, weights, h0, c0, None, 1, 0, True
-        )
-        ctx.save_for_backward(input, h, c, output, cells, saved, *weights)
+        run = _ops.operators(backend).layer
+        with torch._C._AutoDispatchBelowAutograd():
+            output, h_n, c_n, cells, saved = run(
+                cell, data, weights, h0, c0, None, 1, 0, True
+            )
+        ctx.save_for_backward(output, cells, saved, input, h, c, *weights)
         ctx.backend, ctx.cell = backend, cell
         ctx.set_materialize_grads(False)
         return h_n.squeeze_(0), c_n.squeeze_(0)  # no views: the user may change them in place
@@ -157,20 +195,20 @@ class Step(Function):
         wanted = ctx.needs_input_grad[2:]
         if all(g is None for g in grads):
             return (None,) * (2 + len(wanted))
-        input, h, c, output, cells, saved, *weights = ctx.saved_tensors
-        if _differentiates_reference(ctx.backend, input, grads):
-
-            def run() -> list[Tensor]:
-                data, h0, c0 = _with_time(input, h, c)
-                results = reference.layer(ctx.cell, data, weights, h0, c0, None, 1, 0)
-                return [results[1].squeeze(0), results[2].squeeze(0)]
-
-            return None, None, *_reference_gradients(run, grads, (input, h, c, *weights), wanted)
-        data, h0, c0 = _with_time(input, h, c)
-        dinput, dweights, dh, dc = _ops.operators(ctx.backend).layer_backward(
-            ctx.cell, None, *_with_time(*grads), data, output, cells, saved, weights, h0, c0,
-            None, 1, 0, list(map(int, wanted)),
-        )  # fmt: skip
+        output, cells, saved, input, h, c, *weights = ctx.saved_tensors
+        data, h0, c0, dh_n, dc_n = _with_time(input, h, c, *grads)
+        if _is_differentiated(grads):
+            dinput, dh, dc, *dweights = _differentiable_gradients(
+                ctx.backend, derivatives.Call(ctx.cell, None, 1, 0), (None, dh_n, dc_n),
+                (output, cells, saved), (data, h0, c0, *weights), wanted,
+            )  # fmt: skip
+            of_data = (g if g is None else g.squeeze(0) for g in (dinput, dh, dc))
+            return None, None, *of_data, *dweights
+        with torch._C._AutoDispatchBelowAutograd():
+            dinput, dweights, dh, dc = _ops.operators(ctx.backend).layer_backward(
+                ctx.cell, None, dh_n, dc_n, data, output, cells, saved, weights, h0, c0,
+                None, 1, 0, list(map(int, wanted)),
+            )  # fmt: skip
         found = (dinput.squeeze_(0), dh.squeeze_(0), dc.squeeze_(0), *dweights)
         return None, None, *(g if want else None for g, want in zip(found, wanted, strict=True))
 
@@ -188,37 +226,22 @@ def _version_counter(tensor: Tensor) -> Tensor:
     return counter
 
 
-def _differentiates_reference(
-    backend: str, input: Tensor, grads: Sequence[Tensor | None]
-) -> bool:
-    """Whether a backward pass is PyTorch's own derivative of the reference: where it is to be
-    differentiated itself, and where the kernels cannot run, which is reported."""
-    reason = _backend.why_not(backend, (input, *grads))  # what was saved was asked in forward
-    if reason is not None:
-        _backend.report(reason)
-    return reason is not None or torch.is_grad_enabled()
+def _is_differentiated(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass is part of something larger: differentiated itself, or mapped."""
+    return torch.is_grad_enabled() or _backend.is_transformed(grads)
 
 
-def _reference_gradients(
-    run: Callable[[], Sequence[Tensor]],
-    grads: Sequence[Tensor | None],
-    leaves: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of the leaves that are wanted, from those of the results of `run`;
-    differentiable if gradients are enabled."""
-    differentiated = torch.is_grad_enabled()
-    inputs = [t for t, want in zip(leaves, wanted, strict=True) if want and t is not None]
-    with torch.enable_grad():
-        results = run()
-    kept = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
-    found = iter(
-        torch.autograd.grad(
-            [r for r, _ in kept], inputs, [g for _, g in kept],
-            create_graph=differentiated, allow_unused=True,
-        )
-    )  # fmt: skip
-    return [next(found) if want else None for want in wanted]
+def _differentiable_gradients(
+    backend: str, call: derivatives.Call, grads: Sequence[Tensor | None], kept: Sequence[Tensor],
+    leaves: Sequence[Tensor | None], wanted: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of the leaves that are wanted: on the kernels, or where they cannot run, which
+    is reported, those of the reference."""
+    reason = _backend.why_not(backend, (leaves[0], *grads))  # what was saved was asked in forward
+    if reason is None:
+        return transforms.layer_gradients(backend, call, grads, kept, leaves, wanted)
+    _backend.report(reason)
+    return derivatives.gradients(call, grads, leaves, list(map(int, wanted)))
 
 
 __all__ = ["layer", "layer_of", "step", "step_of"]

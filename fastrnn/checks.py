@@ -34,33 +34,40 @@ class LayerSpec:
     output_size: int  # P
     has_c: bool
     gates: int
-
-    @functools.cached_property
-    def weight_shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of all weights, in torch.nn's order."""
-        rows, size = self.gates * self.hidden_size, self.output_size
-        shapes: list[tuple[int, ...]] = []
-        for group in range(self.num_layers * self.directions):
-            width = self.input_size if group < self.directions else self.directions * size
-            shapes += [(rows, width), (rows, size), *[(rows,)] * (2 * self.bias)]
-            shapes += [(self.proj_size, self.hidden_size)] if self.proj_size else []
-        return shapes
+    weight_shapes: tuple[tuple[int, ...], ...]  # of all weights, in torch.nn's order
 
 
-@functools.lru_cache(typed=True)
 def layer_spec(
     mode: str, input_size: int, hidden_size: int, proj_size: int, num_layers: int,
     bidirectional: bool, bias: bool,
 ) -> LayerSpec:  # fmt: skip
     """The spec of a layer from the attributes of its module; ``mode`` as in torch.nn.RNNBase."""
+    make = _new_spec if torch.compiler.is_compiling() else _kept_spec  # Dynamo warns of caches
+    return make(
+        mode, input_size, hidden_size, proj_size, num_layers, bidirectional, bias
+    )
+
+
+def _new_spec(
+    mode: str, input_size: int, hidden_size: int, proj_size: int, num_layers: int,
+    bidirectional: bool, bias: bool,
+) -> LayerSpec:  # fmt: skip
     if mode not in _CELL_OF_MODE:
         raise ValueError(f"unknown mode {mode!r}, expected one of {', '.join(_CELL_OF_MODE)}")
     cell = _CELL_OF_MODE[mode]
-    info = CELLS[cell]
+    info, D, size = CELLS[cell], directions(bidirectional, mode), proj_size or hidden_size
+    rows, shapes = info.gates * hidden_size, []
+    for group in range(num_layers * D):
+        width = input_size if group < D else D * size
+        shapes += [(rows, width), (rows, size), *[(rows,)] * (2 * bias)]
+        shapes += [(proj_size, hidden_size)] if proj_size else []
     return LayerSpec(
-        mode.partition("_")[0], cell, input_size, hidden_size, proj_size, num_layers,
-        directions(bidirectional, mode), bias, proj_size or hidden_size, info.has_c, info.gates,
+        mode.partition("_")[0], cell, input_size, hidden_size, proj_size, num_layers, D, bias,
+        size, info.has_c, info.gates, tuple(shapes),
     )  # fmt: skip
+
+
+_kept_spec = functools.lru_cache(typed=True)(_new_spec)
 
 
 def directions(bidirectional: object, name: str) -> int:
@@ -209,6 +216,8 @@ def packed_batches(spec: LayerSpec, input: PackedSequence) -> None:
         raise RuntimeError(f"{spec.name}: batch_sizes must be on the CPU, got {sizes.device}")
     if len(sizes) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if torch.compiler.is_compiling():  # values are not there yet; the operators check them
+        return
     counts = sizes.tolist()
     if counts[-1] <= 0 or counts != sorted(counts, reverse=True):
         raise RuntimeError(

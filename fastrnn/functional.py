@@ -236,9 +236,9 @@ def _cell(
         raise failure
     state_dtype = None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
-        state_dtype = input.dtype if states[0] is None else states[0].dtype
+        state_dtype = layers.autocast_promoted(input if states[0] is None else states[0])
         if name == "RNNCell" or input.is_cuda:
-            state_dtype = torch.get_autocast_dtype(input.device.type)
+            state_dtype = layers.autocast_dtype(input)
     h, c = states
     if state_dtype is not None:
         input, weights, h, c = layers.cast(state_dtype, input, weights, h, c)

@@ -68,7 +68,7 @@ def _is_plain(spec: LayerSpec, input: Any, weights: Sequence[Tensor], hx: Any) -
         and isinstance(states, tuple)
         and len(states) == (0 if hx is None else 1 + spec.has_c)
         and _backend.is_plain_native_on(input, *states, *weights)
-        and [tuple(w.shape) for w in weights] == spec.weight_shapes
+        and tuple(w.shape for w in weights) == spec.weight_shapes
     )
 
 
@@ -126,11 +126,11 @@ def _stack(
             cell == "lstm" and batch_sizes is not None and not spec.proj_size
         )
         if keeps and not data.is_cuda:
-            state_dtype = data.dtype if h0 is None else h0.dtype
+            state_dtype = autocast_promoted(data if h0 is None else h0)
         else:
             if spec.proj_size and not data.is_cuda:
                 c_dtype = (data if c0 is None else c0).dtype
-            state_dtype = torch.get_autocast_dtype(data.device.type)
+            state_dtype = autocast_dtype(data)
     if state_dtype is not None:
         data, weights, h0, c0 = cast(state_dtype, data, weights, h0, c0)
     D, L = spec.directions, spec.num_layers
@@ -148,6 +148,18 @@ def _stack(
     if spec.num_layers > 1:
         h, c = torch.cat(h_n), torch.cat(c_n) if spec.has_c else c
     return data, h, c if c_dtype is None else c.to(c_dtype)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast makes of a tensor: float64 it leaves alone."""
+    if tensor.dtype == torch.float64:
+        return tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
+def autocast_promoted(state: Tensor) -> torch.dtype:
+    """The dtype of a state that is combined with products in autocast's dtype."""
+    return torch.promote_types(state.dtype, autocast_dtype(state))
 
 
 def cast(

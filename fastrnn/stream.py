@@ -66,7 +66,7 @@ def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
             t.untyped_storage().nbytes() >= (t.storage_offset() + t.numel()) * t.element_size()
             for t in tensors
         )
-        and tuple(t.shape for t in tensors) == tuple(map(torch.Size, spec.weight_shapes))
+        and tuple(t.shape for t in tensors) == spec.weight_shapes
     )
 
 

@@ -36,6 +36,11 @@ class CpuDevice final : public Device {
   void sum_over_rows(const Rows& array, int64_t rows, int64_t columns, const Rows& sums) override {
     cpu::sum_over_rows(array, rows, columns, sums);
   }
+  void for_each(int64_t count, const std::function<void(int64_t)>& f) override {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i);
+    });
+  }
   Tensor to_storage(const Tensor& result, ScalarType storage) const override {
     return cpu::to_storage(result, storage);
   }

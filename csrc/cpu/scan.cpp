@@ -119,13 +119,32 @@ std::vector<int64_t> row_bounds(const ScanShape& a, int64_t ranges) {
   return bounds;
 }
 
+// Packs all weights, or those of one group.
+template <class Args>
+void pack(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch) {
+  const int64_t blocks = kernels.pack_blocks(args, plan);
+  const bool threads = args.D * plan.members * plan.ranges > 1;
+  if (blocks == 0) return;
+  torch::stable::parallel_for(0, blocks, threads ? 1 : blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) kernels.pack(args, plan, scratch, block);
+  });
+}
+template <class Args>
+void pack_group(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch, int64_t d) {
+  for (int64_t block = d; block < kernels.pack_blocks(args, plan); block += args.D)
+    kernels.pack(args, plan, scratch, block);
+}
+
 template <class Args>
 void run_by_rows(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch) {
   const std::vector<int64_t> bounds = row_bounds(args, plan.ranges);
   const int64_t count = args.D * static_cast<int64_t>(bounds.size() - 1);
+  const bool alone = count == args.D;  // a thread packs the weights of its group, and finds them in its cache
+  if (!alone) pack(kernels, args, plan, scratch);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const size_t range = static_cast<size_t>(i / args.D);
+      if (alone) pack_group(kernels, args, plan, scratch, i);
       kernels.run(args, plan, scratch, {i % args.D, bounds[range], bounds[range + 1], i / args.D});
     }
   });
@@ -133,6 +152,7 @@ void run_by_rows(const PassKernels<Args>& kernels, const Args& args, const CpuPl
 
 template <class Args>
 void run_by_units(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch) {
+  pack(kernels, args, plan, scratch);
   std::deque<Team> teams;
   for (int64_t d = 0; d < args.D; ++d) teams.emplace_back(static_cast<int>(plan.members));
   torch::stable::parallel_for(0, args.D * plan.members, 1, [&](int64_t begin, int64_t end) {
@@ -150,12 +170,6 @@ void run(const PassKernels<Args>& kernels, const Args& args, const AllocateScrat
   if (args.N == 0) return;
   const CpuPlan plan = choose(kernels, args);
   char* scratch = allocate(kernels.scratch_bytes(args, plan));
-  const int64_t blocks = kernels.pack_blocks(args, plan);
-  const bool threads = args.D * plan.members * plan.ranges > 1;
-  if (blocks > 0)
-    torch::stable::parallel_for(0, blocks, threads ? 1 : blocks, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) kernels.pack(args, plan, scratch, block);
-    });
   if (plan.members > 1)
     run_by_units(kernels, args, plan, scratch);
   else

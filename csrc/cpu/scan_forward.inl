@@ -183,7 +183,7 @@ struct Forward {
       if (rows + end - share.b_begin > most_rows) break;
       chunk_row[step - first] = rows;
       for (int64_t b = share.b_begin; b < end; ++b, ++rows)
-        copy_row(at<T>(a.input, a.row(t, b) * a.I), Part(a.I), x_row(rows));
+        copy_row(at<T>(a.input, (a.row(t, b) * a.M + d % a.M) * a.I), Part(a.I), x_row(rows));
     }
     chunk_begin = first, chunk_end = step;
     prepare_rows(ih, x_row(0), s.x_stride, rows);

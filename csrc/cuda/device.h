@@ -29,6 +29,9 @@ class KernelDevice : public Device {
   void row_product(const Rows& result, int64_t rows, int64_t columns, const Rows& a, const Rows& b, int64_t K,
                    bool add) override;
   void sum_over_rows(const Rows& array, int64_t rows, int64_t columns, const Rows& sums) override;
+  void for_each(int64_t count, const std::function<void(int64_t)>& f) override {
+    for (int64_t i = 0; i < count; ++i) f(i);
+  }
   Tensor to_storage(const Tensor& result, ScalarType storage) const override;
 
  private:

@@ -133,7 +133,8 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
         continue;
       }
       const Array input(const_cast<void*>(a.input), storage), weight(const_cast<void*>(a.weight_ih[d]), storage);
-      gemm(target, view(input, chunk_begin_[reverse] * a.I, {rows[reverse], a.I}, {a.I, 1}, place),
+      const int64_t first_input = (chunk_begin_[reverse] * a.M + d % a.M) * a.I;
+      gemm(target, view(input, first_input, {rows[reverse], a.I}, {a.M * a.I, 1}, place),
            view(weight, 0, {a.I, G * a.H}, {1, a.I}, place));
     }
     return end;

@@ -10,32 +10,16 @@ from __future__ import annotations
 
 import torch
 
-from .. import _ops
+from .. import _ops, traced
 from . import scan
 from .launch import interpreted
 
-# csrc/ops.cpp has the same.
-LAYER = (
-    "layer(str cell, Tensor input, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, "
-    "int groups, int direction, bool save) "
-    "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)"
-)
-LAYER_BACKWARD = (
-    "layer_backward(str cell, Tensor? doutput, Tensor? dh_n, Tensor? dc_n, Tensor input, "
-    "Tensor output, Tensor cells, Tensor saved, Tensor[] weights, Tensor? h0, Tensor? c0, "
-    "Tensor? batch_sizes, int groups, int direction, int[] wanted) "
-    "-> (Tensor dinput, Tensor[] dweights, Tensor dh0, Tensor dc0)"
-)
-
 _library = torch.library.Library("fastrnn_triton", "DEF")
-for _schema, _run, _fake in (
-    (LAYER, scan.layer, _ops.layer_fake),
-    (LAYER_BACKWARD, scan.layer_backward, _ops.layer_backward_fake),
-):
+for _schema, _run in ((traced.LAYER, scan.layer), (traced.LAYER_BACKWARD, scan.layer_backward)):
     _name = _library.define(_schema)
     for _key in ("CUDA", "CPU") if interpreted else ("CUDA",):
         _library.impl(_name, _run, _key)
-    torch.library.register_fake(f"fastrnn_triton::{_name}", _fake, lib=_library)
+traced.describe("fastrnn_triton")
 
 operators = _ops.Operators(
     torch.ops.fastrnn_triton.layer.default, torch.ops.fastrnn_triton.layer_backward.default

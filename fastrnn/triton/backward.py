@@ -95,34 +95,52 @@ class BackwardPass(Pass):
                     multiply(result, self.drecurrent[d, row : row + counts[d]], p.groups[d].hh)
         self.dh += product
 
-    # The gradients of group d, from those of its products along time.
+    # The gradients of group d, from those of its products along time; of a weight, where parts > 1,
+    # one for each of so many equal parts of the batch [parts, ...].
 
-    def dweight_ih(self, d: int, input: Tensor) -> Tensor:
-        """dW_ih [G * H, I] = sum over time of dx_t input_t^T"""
-        return self.dgates[d].t() @ input
+    def dweight_ih(self, d: int, input: Tensor, parts: int) -> Tensor:
+        """dW_ih [G * H, I] = sum over time of dx_t input_t^T, input [N, M, I]"""
+        return self.outer_product(self.dgates[d], input[:, d % self.p.M], parts)
 
-    def dweight_hh(self, d: int) -> Tensor:
+    def dweight_hh(self, d: int, parts: int) -> Tensor:
         """dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T"""
-        return self.drecurrent[d].t() @ self.states_before(d)
+        return self.outer_product(self.drecurrent[d], self.states_before(d), parts)
 
-    def dbias(self, d: int, recurrent: bool) -> Tensor:
+    def dbias(self, d: int, recurrent: bool, parts: int) -> Tensor:
         """db_ih [G * H] = sum over time of dx_t; db_hh that of dr_t"""
         p = self.p
         terms = self.drecurrent[d] if recurrent else self.dgates[d]
+        if parts > 1:
+            terms = terms.view(p.T, parts, p.B // parts, terms.shape[-1])
+            terms = terms.transpose(1, 2).flatten(0, 1)
         return terms.sum(0, dtype=p.compute).to(p.dtype)
 
-    def dweight_hr(self, d: int) -> Tensor:
+    def dweight_hr(self, d: int, parts: int) -> Tensor:
         """dW_hr [P, H] = sum over time of dh_t (o tanh c)_t^T"""
-        return self.dprojected[d].t() @ self.unprojected[d]
+        return self.outer_product(self.dprojected[d], self.unprojected[d], parts)
+
+    def outer_product(self, a: Tensor, b: Tensor, parts: int) -> Tensor:
+        """The sum over time of a_t b_t^T, of arrays [N, width]."""
+        if parts == 1:
+            return a.t() @ b
+        p = self.p
+        a, b = (
+            t.reshape(p.T, parts, p.B // parts, t.shape[-1]).transpose(0, 1).flatten(1, 2)
+            for t in (a, b)
+        )
+        return a.mT @ b
 
     def dinput(self) -> Tensor:
-        """dinput [N, I] = sum over groups of dx W_ih"""
+        """dinput [N, M, I]: of each input the sum of dx W_ih over its groups"""
         p = self.p
-        sums = p.make(p.N, p.I, dtype=p.compute)
+        sums = p.make(p.N, p.M, p.I, dtype=p.compute)
+        part = p.make(p.N, p.I, dtype=p.compute)
         for d, own in enumerate(p.groups):
-            part = torch.empty_like(sums) if d else sums
             multiply(part, self.dgates[d], own.ih)
-            sums = sums if d == 0 else sums.add_(part)
+            if d < p.M:
+                sums[:, d] = part
+            else:
+                sums[:, d % p.M] += part
         return sums.to(p.dtype)
 
     def states_before(self, d: int) -> Tensor:

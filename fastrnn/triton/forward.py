@@ -23,7 +23,7 @@ class ForwardPass(Pass):
         self, p: Problem, input: Tensor, h0: Tensor | None, c0: Tensor | None, save: bool
     ) -> None:
         super().__init__(p)
-        self.input, self.save = input.contiguous().view(p.N, p.I), save
+        self.input, self.save = input.contiguous().view(p.N, p.M, p.I), save
         self.output = p.make(*p.leading, p.D * p.P)
         self.h = p.state(h0, "h0", p.P, p.dtype)
         keeps = save and p.info.has_c
@@ -123,5 +123,6 @@ class ForwardPass(Pass):
         for d, own in enumerate(p.groups):
             order = p.reverse(d)
             target = self.gates[d, : rows[order]]
-            multiply(target, self.input[begin[order] : begin[order] + rows[order]], own.ih.t())
+            own_input = self.input[begin[order] : begin[order] + rows[order], d % p.M]
+            multiply(target, own_input, own.ih.t())
         return end, {"begin0": begin.get(False, 0), "begin1": begin.get(True, 0)}

@@ -53,10 +53,25 @@ class Problem:
             input.dim() == dims, f"the input must have {dims} dimensions, got {input.dim()}"
         )
         self.check_storage(input, "the input")
-        self.I, self.leading = input.shape[-1], list(input.shape[:-1])
+        self.leading = list(input.shape[:-1])
+        self.I, self.M = self._inputs(input.shape[-1], weights[0])
         self._take_weights(weights, groups)
         self._take_rows(batch_sizes, h0)
         self.orders = sorted({reversed_group(d, groups, direction) for d in range(groups)})
+
+    def _inputs(self, width: int, weight_ih: Tensor) -> tuple[int, int]:
+        """The features of an input, and M, the inputs side by side: one for all groups, or one for
+        each member of an ensemble."""
+        own = weight_ih.shape[1] if weight_ih.dim() == 2 else 0
+        if own in (0, width) or width % own:
+            return width, 1  # what is wrong is said of weight_ih
+        groups = self.D // 2 if self.direction == 2 else self.D
+        _expect(
+            groups % (width // own) == 0,
+            f"the input has {width // own} times the {own} features of weight_ih, which does not "
+            f"divide the {groups} groups of a direction",
+        )
+        return own, width // own
 
     def _take_weights(self, weights: Sequence[Tensor], groups: int) -> None:
         for given in weights:
@@ -159,6 +174,12 @@ class Problem:
             len(wanted) == count + 3, f"wanted must hold {count + 3} flags, got {len(wanted)}"
         )
         _expect(self.info.has_c or not wanted[2], f"{self.cell} has no cell state")
+        for parts in wanted:
+            _expect(
+                parts in (0, 1) or (parts > 1 and not self.packed and self.B % parts == 0),
+                f"wanted must hold 0, 1 or a number of parts of the batch of {self.B} rows of "
+                f"dense data, got {parts}",
+            )
 
     def state(self, tensor: Tensor | None, name: str, width: int, dtype: torch.dtype) -> Tensor:
         """A copy of a state [D, B, width] in a dtype, checked; zeros where there is none."""

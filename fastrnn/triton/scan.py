@@ -49,7 +49,7 @@ def layer_backward(
     with on(input.device):
         run = BackwardPass(p, (doutput, dh_n, dc_n), (output, cells, saved), h0, c0)
         run.run(bool(wanted[1]))
-        flat = input.contiguous().view(p.N, p.I)
+        flat = input.contiguous().view(p.N, p.M, p.I)
         per_group, none = len(weights) // groups, input.new_empty(0)
         dweights = []
         for i, want in enumerate(wanted[3:]):
@@ -57,13 +57,13 @@ def layer_backward(
             if not want:
                 dweights.append(input.new_empty(0))
             elif kind == 0:
-                dweights.append(run.dweight_ih(d, flat))
+                dweights.append(run.dweight_ih(d, flat, want))
             elif kind == 1:
-                dweights.append(run.dweight_hh(d))
+                dweights.append(run.dweight_hh(d, want))
             elif p.has_bias and kind < 4:
-                dweights.append(run.dbias(d, kind == 3))
+                dweights.append(run.dbias(d, kind == 3, want))
             else:
-                dweights.append(run.dweight_hr(d))
+                dweights.append(run.dweight_hr(d, want))
         dinput = run.dinput().view(input.shape) if wanted[0] else none
         dh0 = run.dh.to(p.dtype) if wanted[1] else input.new_empty(0)
         dc0 = run.dc.to(p.dtype) if wanted[2] else input.new_empty(0)

@@ -1,0 +1,179 @@
+"""``layer`` and its backward pass as functions that torch.func transforms (grad, vjp, vmap and what
+is made of them), and that can be differentiated again.
+
+Both run on the kernels, a mapped batch in one call (batching.py); the second derivative runs in
+plain PyTorch (derivatives.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import pyfunctorch
+from torch.autograd import Function
+
+from . import _ops, batching, derivatives, reference
+
+_CALL = 5  # arguments before the tensors: backend, cell, batch_sizes, groups, direction
+
+
+def layer(
+    below: Callable[..., tuple[Tensor, ...]], backend: str, cell: str, input: Tensor,
+    weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, batch_sizes: Tensor | None,
+    groups: int, direction: int,
+) -> Any:  # fmt: skip
+    """Output, h_n and c_n under the innermost transform; ``below`` is the same outside of it."""
+    transform = pyfunctorch.retrieve_current_functorch_interpreter()
+    call = (batch_sizes, groups, direction)
+    if isinstance(transform, pyfunctorch.GradInterpreter):
+        leaves = (input, h0, c0, *weights)
+        return Layer.apply(backend, cell, *call, *leaves)[:3]
+    if not isinstance(transform, pyfunctorch.VmapInterpreter):
+        raise RuntimeError(f"fastrnn has no rule for the transform {transform.key()}")
+    level = transform.level()
+
+    def unwrapped(tensor: Tensor | None) -> tuple[Any, int | None]:
+        if tensor is None or not torch._C._functorch.is_batchedtensor(tensor):
+            return tensor, None
+        return torch._C._functorch._unwrap_batched(tensor, level)
+
+    given = [unwrapped(t) for t in (input, h0, c0, *weights)]
+    (input, input_dim), (h0, h_dim), (c0, c_dim), *rest = given
+    weights, weight_dims = [w for w, _ in rest], [d for _, d in rest]
+    with transform.lower():
+        if all(d is None for _, d in given):
+            return below(backend, cell, input, weights, h0, c0, *call)
+        results, out_dims = batching.layer(
+            functools.partial(below, backend), transform.batch_size(),
+            (None, input_dim, weight_dims, h_dim, c_dim, None), cell, input, weights, h0, c0, *call,
+        )  # fmt: skip
+    add = torch._C._functorch._add_batch_dim
+    return tuple(
+        r if d is None else add(r, d, level) for r, d in zip(results, out_dims, strict=True)
+    )
+
+
+class Layer(Function):
+    """Arguments: backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights. Results:
+    those of the operator."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights = arguments
+        run = _ops.operators(backend).layer
+        results: tuple[Tensor, ...] = run(
+            cell, input, weights, h0, c0, batch_sizes, groups, direction, True
+        )
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend, ctx.cell, batch_sizes, ctx.groups, ctx.direction, *leaves = inputs
+        out, _, _, cells, saved = output
+        ctx.mark_non_differentiable(cells, saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, out, cells, saved, *leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        batch_sizes, output, cells, saved, *leaves = ctx.saved_tensors
+        call = derivatives.Call(ctx.cell, batch_sizes, ctx.groups, ctx.direction)
+        kept = (output, cells, saved)
+        wanted = ctx.needs_input_grad[_CALL:]
+        found = layer_gradients(ctx.backend, call, grads[:3], kept, leaves, wanted)
+        return (*(None,) * _CALL, *found)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights = arguments
+        _, _, sizes_dim, _, _, input_dim, h_dim, c_dim, *weight_dims = in_dims
+
+        def run(cell: str, input: Tensor, weights: Any, h0: Any, c0: Any, *call: Any) -> Any:
+            return Layer.apply(backend, cell, *call, input, h0, c0, *weights)
+
+        dims = (None, input_dim, weight_dims, h_dim, c_dim, sizes_dim)
+        return batching.layer(
+            run, info.batch_size, dims, cell, input, weights, h0, c0, batch_sizes, groups, direction
+        )
+
+
+class LayerBackward(Function):
+    """Arguments: backend, cell, batch_sizes, groups, direction, wanted, doutput, dh_n, dc_n,
+    output, cells, saved, input, h0, c0, *weights. Results: the gradients of input, h0, c0 and
+    weights, [0] where not wanted (an integer each, see the operator)."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        backend, cell, batch_sizes, groups, direction, wanted, *tensors = arguments
+        *grads, output, cells, saved, input, h0, c0 = tensors[:9]
+        dinput, dweights, dh0, dc0 = _ops.operators(backend).layer_backward(
+            cell, *grads, input, output, cells, saved, tensors[9:], h0, c0, batch_sizes, groups,
+            direction, list(wanted),
+        )  # fmt: skip
+        return dinput, dh0, dc0, *dweights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.cell, batch_sizes, ctx.groups, ctx.direction, ctx.wanted, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, *tensors[:3], *tensors[6:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        batch_sizes, *given = ctx.saved_tensors
+        call = derivatives.Call(ctx.cell, batch_sizes, ctx.groups, ctx.direction)
+        needs = ctx.needs_input_grad[_CALL + 1 :]
+        found = derivatives.second_gradients(
+            call, given[:3], given[3:], ctx.wanted, cotangents,
+            [*needs[:3], *needs[6:]],
+        )  # fmt: skip
+        # What forward kept is not differentiated: the second derivative computes it anew.
+        return (*(None,) * (_CALL + 1), *found[:3], None, None, None, *found[3:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        backend, cell, batch_sizes, groups, direction, wanted, *tensors = arguments
+        dims = in_dims[_CALL + 1 :]
+
+        def run(cell: str, *rest: Any) -> Any:
+            *tensors, weights, h0, c0, batch_sizes, groups, direction, wanted = rest
+            doutput, dh_n, dc_n, input, output, cells, saved = tensors
+            dinput, dh0, dc0, *dweights = LayerBackward.apply(
+                backend, cell, batch_sizes, groups, direction, tuple(wanted), doutput, dh_n, dc_n,
+                output, cells, saved, input, h0, c0, *weights,
+            )  # fmt: skip
+            return dinput, dweights, dh0, dc0
+
+        def in_order(own: Sequence[Any]) -> list[Any]:
+            """As the operator takes them."""
+            *grads, output, cells, saved, input, h0, c0 = own[:9]
+            return [*grads, input, output, cells, saved, list(own[9:]), h0, c0]
+
+        in_dims = (None, *in_order(dims), in_dims[2])
+        given = (cell, *in_order(tensors), batch_sizes, groups, direction, wanted)
+        results, out_dims = batching.layer_backward(run, info.batch_size, in_dims, *given)
+        (dinput, dweights, *dstates), (input_dim, weight_dims, *state_dims) = results, out_dims
+        return (dinput, *dstates, *dweights), (input_dim, *state_dims, *weight_dims)
+
+
+def layer_gradients(
+    backend: str, call: derivatives.Call, grads: Sequence[Tensor | None], kept: Sequence[Tensor],
+    leaves: Sequence[Tensor | None], wanted: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of the leaves that are wanted, differentiable. kept: output, cells and saved of
+    the forward pass."""
+    doutput, dh_n, dc_n = grads
+    dc_n = dc_n if reference.CELLS[call.cell].has_c else None
+    if doutput is None and dh_n is None and dc_n is None:
+        return [None] * len(leaves)
+    found = LayerBackward.apply(
+        backend, *call, tuple(map(int, wanted)), doutput, dh_n, dc_n, *kept, *leaves
+    )
+    return [g if want else None for g, want in zip(found, wanted, strict=True)]
+
+
+__all__ = ["Layer", "LayerBackward", "layer_gradients"]
