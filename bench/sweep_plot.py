@@ -130,9 +130,33 @@ def draw_stream(figure: Any, rows: list[Row]) -> None:
         panel.legend(fontsize=6)
 
 
+def draw_transforms(figure: Any, rows: list[Row]) -> None:
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    cells = present(rows, "cell", list(CELLS))
+    figure.set_size_inches(3 * len(kinds), 3.4)
+    figure.suptitle("Times of fastrnn that others take", fontsize=11)
+    for kind, panel in zip(
+        kinds, figure.subplots(1, len(kinds) or 1, squeeze=False)[0], strict=False
+    ):
+        points = [row for row in rows if row["kind"] == kind]
+        others = [name for name in points[0]["results"] if name != FASTRNN]
+        for place, name in enumerate(others):
+            found = [
+                row["results"][name]["median"] / row["results"][FASTRNN]["median"] for row in points
+            ]
+            at = [i + 0.4 * place for i in range(len(points))]
+            panel.bar(at, found, width=0.36, label=name)
+        panel.axhline(1, color=LOSS, linewidth=1)
+        panel.set_title(kind, fontsize=9)
+        panel.set(yscale="log")
+        panel.set_xticks(range(len(cells)), [cell.upper() for cell in cells])
+        panel.legend(fontsize=6)
+
+
 DRAW: dict[str, Callable[[Any, list[Row]], None]] = {
     "packed": draw_packed,
     "hidden": draw_hidden,
     "lengths": draw_lengths,
     "stream": draw_stream,
+    "transforms": draw_transforms,
 }

@@ -30,19 +30,28 @@ def layer(
     batch_sizes: Tensor | None,
     groups: int,
     direction: int,
+    batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, h_n and c_n of ``reference.layer``, on the backend that the tensors and the user's
-    choice give, with derivatives."""
+    choice give, with derivatives. ``batch_first``: the output is [B, T, D * P]."""
     call = (cell, input, weights, h0, c0, batch_sizes, groups, direction)
-    if torch.compiler.is_compiling():
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling:
         backend = _backend.while_compiling(input.device, input.dtype)
-        return _on_reference(*call) if backend == "reference" else _operator(backend, *call)
-    backend = _backend.resolve((input, h0, c0, *weights))
+    else:
+        backend = _backend.resolve((input, h0, c0, *weights))
     if backend == "reference":
-        return _on_reference(*call)
-    if _backend.is_traced():
-        return _operator(backend, *call)
-    return layer_of(backend, *call)
+        results = _on_reference(*call)
+    elif is_compiling or _backend.is_traced():
+        results = _operator(backend, *call)
+    else:
+        return layer_of(backend, *call, batch_first)
+    return _batch_first(results) if batch_first else results
+
+
+def _batch_first(results: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    output, h_n, c_n = results
+    return output.transpose(0, 1), h_n, c_n
 
 
 @torch._disable_dynamo  # torch.compile breaks the graph here
@@ -75,6 +84,7 @@ def _wants_gradients(*tensors: Tensor | None) -> bool:
 def layer_of(
     backend: str, cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
     c0: Tensor | None, batch_sizes: Tensor | None, groups: int, direction: int,
+    batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``layer`` for tensors that the kernels of this backend take."""
     results: tuple[Tensor, Tensor, Tensor]
@@ -82,10 +92,10 @@ def layer_of(
         results = transforms.layer(
             layer_of, backend, cell, input, weights, h0, c0, batch_sizes, groups, direction
         )
-        return results
+        return _batch_first(results) if batch_first else results
     if _wants_gradients(input, h0, c0, *weights):
         results = Layer.apply(
-            backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights
+            backend, cell, batch_sizes, groups, direction, batch_first, input, h0, c0, *weights
         )
         return results
     run = _ops.operators(backend).layer
@@ -93,7 +103,7 @@ def layer_of(
         results = run(
             cell, input, list(weights), h0, c0, batch_sizes, groups, direction, False
         )[:3]
-    return results
+    return _batch_first(results) if batch_first else results
 
 
 class Layer(Function):
@@ -101,7 +111,8 @@ class Layer(Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights = arguments
+        backend, cell, batch_sizes, groups, direction, batch_first, *leaves = arguments
+        input, h0, c0, *weights = leaves
         run = _ops.operators(backend).layer
         with torch._C._AutoDispatchBelowAutograd():
             output, h_n, c_n, cells, saved = run(
@@ -109,36 +120,42 @@ class Layer(Function):
             )
         # The user may change the output in place, as torch.nn allows. `data` is an alias that is
         # saved without a check for that; whether it happened is what `changes` counts.
-        ctx.save_for_backward(batch_sizes, output.data, cells, saved, input, h0, c0, *weights)
+        ctx.save_for_backward(batch_sizes, output.data, cells, saved, *leaves)
+        if batch_first:
+            output.transpose_(0, 1)  # in place: no view, as torch.nn's
         ctx.changes = _version_counter(output)
+        ctx.version = ctx.changes._version
         ctx.backend, ctx.cell, ctx.groups, ctx.direction = backend, cell, groups, direction
+        ctx.batch_first = batch_first
         ctx.set_materialize_grads(False)
         return output, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[5:]
+        wanted = ctx.needs_input_grad[6:]
         if all(g is None for g in grads):
-            return (None,) * (5 + len(wanted))
+            return (None,) * (6 + len(wanted))
+        if ctx.batch_first and grads[0] is not None:
+            grads = (grads[0].transpose(0, 1), *grads[1:])
         batch_sizes, output, cells, saved, *leaves = ctx.saved_tensors
         input, h0, c0, *weights = leaves
         call = (h0, c0, batch_sizes, ctx.groups, ctx.direction)
         operators = _ops.operators(ctx.backend)
-        if ctx.changes._version:
+        if ctx.changes._version != ctx.version:
             output = operators.layer(ctx.cell, input, weights, *call, False)[0]
         if _is_differentiated(grads):
             found = _differentiable_gradients(
                 ctx.backend, derivatives.Call(ctx.cell, *call[2:]), grads,
                 (output, cells, saved), leaves, wanted,
             )  # fmt: skip
-            return (None, None, None, None, None, *found)
+            return (*(None,) * 6, *found)
         with torch._C._AutoDispatchBelowAutograd():
             dinput, dweights, dh0, dc0 = operators.layer_backward(
                 ctx.cell, *grads, input, output, cells, saved, weights, *call,
                 list(map(int, wanted)),
             )  # fmt: skip
         results = zip((dinput, dh0, dc0, *dweights), wanted, strict=True)
-        return (None, None, None, None, None, *(g if want else None for g, want in results))
+        return (*(None,) * 6, *(g if want else None for g, want in results))
 
 
 def step(
@@ -222,8 +239,17 @@ def _version_counter(tensor: Tensor) -> Tensor:
     """A tensor without memory that shares the version counter of another: its ``_version`` grows
     when that one, or a view of it, is changed in place."""
     counter = tensor.detach()
-    counter.data = tensor.new_empty(0)
+    if type(tensor) is not Tensor:
+        counter.data = tensor.new_empty(0)
+        return counter
+    key = (tensor.dtype, tensor.device)
+    if key not in _NOTHING:
+        _NOTHING[key] = tensor.new_empty(0)
+    counter.data = _NOTHING[key]
     return counter
+
+
+_NOTHING: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # kept, as making one takes time
 
 
 def _is_differentiated(grads: Sequence[Tensor | None]) -> bool:

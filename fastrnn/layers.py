@@ -49,10 +49,10 @@ def run(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if failure is not None:
         raise failure
-    output, h_n, c_n = _stack(spec, data, None, weights, hx, dropout, training)
-    if batched and batch_first:
-        output = output.transpose(0, 1)
-    elif not batched:
+    output, h_n, c_n = _stack(
+        spec, data, None, weights, hx, dropout, training, batched and batch_first
+    )
+    if not batched:
         output, h_n, c_n = output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if spec.has_c else c_n
     return output, (h_n, c_n) if spec.has_c else h_n
 
@@ -80,9 +80,9 @@ def _plain_layer(
     h0, c0 = (hx or (None, None)) if spec.has_c else (hx, None)
     direction = 2 if spec.directions == 2 else 0
     output, h_n, c_n = layer_of(
-        "native", spec.cell, data, weights, h0, c0, None, spec.directions, direction
+        "native", spec.cell, data, weights, h0, c0, None, spec.directions, direction, batch_first
     )
-    return output.transpose(0, 1) if batch_first else output, (h_n, c_n) if spec.has_c else h_n
+    return output, (h_n, c_n) if spec.has_c else h_n
 
 
 def _packed(
@@ -112,9 +112,10 @@ def _packed(
 
 def _stack(
     spec: LayerSpec, data: Tensor, batch_sizes: Tensor | None, weights: Sequence[Tensor], hx: Any,
-    dropout: float, training: bool,
+    dropout: float, training: bool, batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """All layers over [T, B, I], or [N, I] with ``batch_sizes``: output, h_n, c_n."""
+    """All layers over [T, B, I], or [N, I] with ``batch_sizes``: output, h_n, c_n; with
+    ``batch_first`` the output is [B, T, D * P], the data is not."""
     cell = spec.cell
     h0, c0 = hx if spec.has_c and hx is not None else (hx, None)
     state_dtype = c_dtype = None
@@ -139,10 +140,13 @@ def _stack(
     for i in range(L):
         h, c = (s if s is None or L == 1 else s[i * D : (i + 1) * D] for s in (h0, c0))
         own = weights[i * per_layer : (i + 1) * per_layer]
-        data, h, c = layer(cell, data, own, h, c, batch_sizes, D, 2 if D == 2 else 0)
+        direction, last = 2 if D == 2 else 0, i == L - 1
+        data, h, c = layer(
+            cell, data, own, h, c, batch_sizes, D, direction, batch_first and last
+        )
         h_n.append(h)
         c_n.append(c)
-        if dropout and training and i < L - 1:
+        if dropout and training and not last:
             data = F.dropout(data, dropout, True)
     h, c = h_n[0], c_n[0]
     if spec.num_layers > 1:

@@ -26,6 +26,7 @@ from bench import (
     sweep,
     sweep_layers,
     sweep_stream,
+    sweep_transforms,
 )
 
 TINY_STREAM = cases.Case("tiny-stream", "a state is given", T=1, B=1, H=8, carried=True)
@@ -162,6 +163,9 @@ def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_layers, "LENGTHS_T", (1, 5))
     monkeypatch.setattr(sweep_layers, "LENGTHS_B", (2, 3))
     monkeypatch.setattr(sweep_stream, "SIZES", (8, 12))
+    Kind = sweep_transforms.Kind
+    small = {k: Kind(v.calls, (v.sizes[0], 3, 2, 5)) for k, v in sweep_transforms.KINDS.items()}
+    monkeypatch.setattr(sweep_transforms, "KINDS", small)
 
 
 @pytest.mark.usefixtures("small_sweeps")
@@ -172,6 +176,7 @@ def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hidden", 12, "gru inference B=16: no H above 1.5"),
         ("lengths", 8, "gru training against B"),
         ("stream", 2, "fastrnn against torch.nn cell: at least"),
+        ("transforms", 5, "gru ensemble, training: "),
     ],
 )
 def test_sweep(
@@ -205,10 +210,26 @@ def test_sweep_does_not_time_wrong_numbers(
 
     monkeypatch.setattr(sweep_layers, "make_fastrnn", spoilt(rivals.make_fastrnn))
     monkeypatch.setattr(sweep_stream, "step_of", spoilt(sweep_stream.step_of))
+    kinds = {
+        kind: sweep_transforms.Kind(spoilt_fastrnn(own.calls, spoilt), own.sizes)
+        for kind, own in sweep_transforms.KINDS.items()
+    }
+    monkeypatch.setattr(sweep_transforms, "KINDS", kinds)
     assert sweep.main([name, "--cell", "rnn", "--quick"]) == 1
     out, err = capsys.readouterr()
     assert "RED" in out
     assert "red, not timed: rnn" in err
+
+
+def spoilt_fastrnn(make: Any, spoilt: Any) -> Any:
+    def wrong(layers: sweep_transforms.Layers) -> sweep_transforms.Calls:
+        calls = make(layers)
+        if layers.fast:
+            call = calls[rivals.FASTRNN]
+            calls[rivals.FASTRNN] = spoilt(lambda: call)()
+        return calls
+
+    return wrong
 
 
 def curve(seconds: list[float]) -> list[dict[str, Any]]:
