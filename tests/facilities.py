@@ -12,6 +12,7 @@ import contextlib
 import copy
 import io
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -333,45 +334,16 @@ def table() -> str:
     return "\n".join(rows)
 
 
-REST = """\
-Tests of what takes more than a line: training in two processes, gradient accumulation, uneven inputs
-and checkpoints across numbers of processes (`tests/test_distributed.py`, `tests/test_char_lm.py`);
-safetensors (`tests/test_safetensors.py`); hooks, saved tensors, dropout, mixed precision, optimizers
-(`tests/test_training_*.py`); transforms in all combinations (`tests/test_vmap.py`,
-`tests/test_transforms.py`); compilers and exporters (`tests/test_compile.py`, `tests/test_export.py`,
-`tests/test_onnx.py`); Lightning, Opacus, TorchRL and models of transformers
-(`tests/test_ecosystem*.py`, `tests/test_third_party.py`). Each runs torch.nn beside fastrnn where
-torch.nn can do it, or asserts that it cannot.
-
-## What runs on which kernels
-
-* Under `vmap` one call of the operator serves the whole mapped batch. Inputs and states that are
-  mapped become rows, mapped weights become groups of one call; layers of an ensemble need equal sizes,
-  as `stack_module_state` does. Gradients of samples are sums over parts of the batch in the same
-  backward pass.
-* `grad`, `vjp`, `jacrev` run forward and backward on the kernels. Second derivatives run in plain
-  PyTorch, on every device, forward-mode derivatives (`jvp`, `jacfwd`, `hessian`, dual numbers) and
-  `is_grads_batched=True` on the reference, which is said once.
-* Compiled and exported graphs hold `fastrnn::layer`, an operator with shapes, derivatives and vmap
-  rules registered. An exported graph keeps nothing for backward: gradients that are asked of it compute
-  the layer again. Not in a graph: `torch.func.grad` inside `torch.compile` (raises), the reference
-  backend (breaks the graph), double backward of compiled functions (raises in torch).
-* A compiled model keeps the backend that was asked for when it was compiled.
-"""
-
-
-def document() -> str:
+def write() -> None:
+    """The table in place of the one that is there."""
+    lines = DOC.read_text().splitlines()
+    rows = [i for i, line in enumerate(lines) if line.startswith("|")]
+    lines[rows[0] : rows[-1] + 1] = table().splitlines()
     version = torch.__version__.partition("+")[0]
-    return (
-        "# What of PyTorch works with a layer\n\n"
-        "Written by `python tests/facilities.py`, which tries each line with LSTM, GRU and RNN of "
-        "both\nlibraries on the CPU and holds the results against eager torch.nn's; "
-        f"torch {version}. *raises*:\nan error; *wrong*: other numbers than eager's, or more than "
-        "one graph.\n\n" + table() + "\n\n" + REST
-    )
+    text = "\n".join(lines) + "\n"
+    DOC.write_text(re.sub(r"torch \d+\.\d+\.\d+", f"torch {version}", text))
 
 
 if __name__ == "__main__":
-    DOC.parent.mkdir(exist_ok=True)
-    DOC.write_text(document())
+    write()
     print(DOC.read_text())

@@ -351,7 +351,7 @@ def test_native_refuses_what_it_cannot_run() -> None:
     ones = torch.ones_like(x)
     with (
         fastrnn.use_backend("native"),
-        pytest.raises(RuntimeError, match="backend 'native' cannot run this: .*forward-mode"),
+        pytest.raises(RuntimeError, match=r"backend 'native' cannot run this: .*forward-mode"),
     ):
         torch.func.jvp(loss, (x,), (ones,))
     with fastrnn.use_backend("reference"):

@@ -292,7 +292,7 @@ def test_reasons_where_neither_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_backend_refuses(device: str) -> None:
     x = torch.zeros(T, B, I, device=device)
     weights = [p.detach() for p in fastrnn.GRU(I, H, device=device).parameters()]
-    with pytest.raises(RuntimeError, match="'triton' cannot run this: .*forward-mode"):
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run this: .*forward-mode"):
         torch.func.jvp(lambda x: fastrnn.functional.gru(x, weights)[0], (x,), (x,))
     with pytest.raises(RuntimeError, match=r"'triton' cannot run this: .*meta"):
         fastrnn.GRU(I, H, device="meta")(x.to("meta"))
