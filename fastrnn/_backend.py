@@ -13,6 +13,7 @@ import contextvars
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 import shutil
 import sys
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _ops
+from . import _ops, modes
 
 _NAMES = ("auto", "native", "triton", "reference")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -121,9 +122,9 @@ def why_not(backend: str, tensors: Sequence[Tensor | None]) -> str | None:
     reason = _why_no_kernels(backend, data.device, data.dtype)
     if reason is not None:
         return reason
-    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):
+    if modes.is_mapped_by_autograd(tensors):
         return f"the {backend} kernels have no rules for is_grads_batched"
-    if _has_tangents(tensors):
+    if modes.has_tangents(tensors):
         return f"the {backend} kernels have no forward-mode derivative"
     return None
 
@@ -133,31 +134,6 @@ def _why_no_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if reason is None and dtype not in _DTYPES:
         return f"there are no {backend} kernels for {dtype}"
     return reason
-
-
-def _has_tangents(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether forward-mode derivatives are asked for, by torch.func or without it."""
-    if torch._C._are_functorch_transforms_active():
-        levels = torch._C._functorch.get_interpreter_stack() or ()
-        if any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels):
-            return True
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
-
-
-def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether tensors are mapped by vmap, of either kind, or carry forward-mode derivatives."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
-    )
-
-
-def is_traced() -> bool:
-    """Whether torch.jit.trace records what is called."""
-    return torch._C._get_tracing_state() is not None
 
 
 def _why_not_native(device: torch.device) -> str | None:
@@ -239,12 +215,16 @@ def is_plain_native() -> bool:
 
 def is_plain_native_on(*tensors: object) -> bool:
     """The same of a call on these tensors, the data first; not for what is no tensor."""
-    return (
-        all(isinstance(t, Tensor) and t.is_cpu for t in tensors)
-        and cast(Tensor, tensors[0]).dtype in _DTYPES
-        and not torch.compiler.is_compiling()
-        and is_plain_native()
-    )
+    if torch.compiler.is_compiling() or not is_plain_native():
+        return False
+    try:
+        on_cpu = all(map(_IS_CPU, tensors))
+    except AttributeError:  # no tensor
+        return False
+    return on_cpu and cast(Tensor, tensors[0]).dtype in _DTYPES
+
+
+_IS_CPU = operator.attrgetter("is_cpu")
 
 
 def _plain_calls() -> Any:

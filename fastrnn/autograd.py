@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _backend, _ops, checks, derivatives, reference, transforms
+from . import _backend, _ops, checks, derivatives, modes, reference, transforms
 
 
 def layer(
@@ -42,7 +42,7 @@ def layer(
         backend = _backend.resolve((input, h0, c0, *weights))
     if backend == "reference":
         results = _on_reference(*call)
-    elif is_compiling or _backend.is_traced():
+    elif is_compiling or modes.is_traced():
         results = _operator(backend, *call)
     else:
         return layer_of(backend, *call, batch_first)
@@ -69,7 +69,7 @@ def _operator(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator as a node of a graph. An exported or traced one is for inference: gradients that
     are asked of it nevertheless compute again what backward needs."""
-    is_for_inference = torch.compiler.is_exporting() or _backend.is_traced()
+    is_for_inference = torch.compiler.is_exporting() or modes.is_traced()
     save = _wants_gradients(input, h0, c0, *weights) and not is_for_inference
     results: tuple[Tensor, Tensor, Tensor] = _ops.operators(backend).layer(
         cell, input, list(weights), h0, c0, *call, save
@@ -78,7 +78,7 @@ def _operator(
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
 def layer_of(
@@ -162,7 +162,7 @@ def step(
     cell: str, input: Tensor, weights: Sequence[Tensor], h: Tensor | None, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One step of ``layer``: input [B, I], h and c [B, H] or None -> h' and c'."""
-    if not (torch.compiler.is_compiling() or _backend.is_traced()):
+    if not (torch.compiler.is_compiling() or modes.is_traced()):
         backend = _backend.resolve((input, h, c, *weights))
         if backend != "reference":
             return step_of(backend, cell, input, weights, h, c)
@@ -254,7 +254,7 @@ _NOTHING: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # kept, as making
 
 def _is_differentiated(grads: Sequence[Tensor | None]) -> bool:
     """Whether a backward pass is part of something larger: differentiated itself, or mapped."""
-    return torch.is_grad_enabled() or _backend.is_transformed(grads)
+    return torch.is_grad_enabled() or modes.is_transformed(grads)
 
 
 def _differentiable_gradients(

@@ -6,6 +6,7 @@ proj_size), G gates, L layers, D directions.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,8 +69,11 @@ def _is_plain(spec: LayerSpec, input: Any, weights: Sequence[Tensor], hx: Any) -
         and isinstance(states, tuple)
         and len(states) == (0 if hx is None else 1 + spec.has_c)
         and _backend.is_plain_native_on(input, *states, *weights)
-        and tuple(w.shape for w in weights) == spec.weight_shapes
+        and tuple(map(_SHAPE, weights)) == spec.weight_shapes
     )
+
+
+_SHAPE = operator.attrgetter("shape")
 
 
 def _plain_layer(
