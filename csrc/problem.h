@@ -106,7 +106,7 @@ struct Problem {
   void take_input(int64_t width) {
     I = width, M = 1;
     const int64_t own = weights.ih[0].dim() == 2 ? weights.ih[0].size(1) : 0;
-    if (own == width || own == 0 || width % own != 0) return;  // what is wrong is said of weight_ih
+    if (own == width || own == 0 || width == 0 || width % own != 0) return;  // what is wrong is said of weight_ih
     const int64_t groups = shape.direction == Direction::kBoth ? shape.D / 2 : shape.D;
     STD_TORCH_CHECK(groups % (width / own) == 0, "fastrnn: the input has ", width / own, " times the ", own,
                     " features of weight_ih, which does not divide the ", groups, " groups of a direction");

@@ -63,7 +63,7 @@ class Problem:
         """The features of an input, and M, the inputs side by side: one for all groups, or one for
         each member of an ensemble."""
         own = weight_ih.shape[1] if weight_ih.dim() == 2 else 0
-        if own in (0, width) or width % own:
+        if own in (0, width) or width == 0 or width % own:
             return width, 1  # what is wrong is said of weight_ih
         groups = self.D // 2 if self.direction == 2 else self.D
         _expect(
