@@ -33,7 +33,20 @@ test: env build
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+ifneq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -q $(ARGS)
+else
+	@mkdir -p build
+	$(BIN)/python -m pytest -q $(KERNEL_TESTS) >$(KERNEL_REPORT) 2>&1 & kernels=$$!; \
+	$(BIN)/python -m pytest -q $(KERNEL_TESTS:%=--ignore=%); others=$$?; \
+	wait $$kernels; kernels=$$?; cat $(KERNEL_REPORT); exit $$((kernels | others))
+endif
+
+# All tests are two runs side by side: of the GPU kernels on the host, and of everything else. Threads
+# that wait leave the processor to the other run.
+KERNEL_TESTS := tests/gpu tests/triton_backend tests/test_bench_gpu.py
+KERNEL_REPORT := build/kernel-tests.txt
+test: export OMP_WAIT_POLICY := passive
 
 env: $(VENV)/dev.stamp
 

@@ -125,8 +125,11 @@ def why_not(backend: str, tensors: Sequence[Tensor | None]) -> str | None:
     if modes.is_mapped_by_autograd(tensors):
         return f"the {backend} kernels have no rules for is_grads_batched"
     if modes.has_tangents(tensors):
-        return f"the {backend} kernels have no forward-mode derivative"
+        return _NO_TANGENTS.format(backend)
     return None
+
+
+_NO_TANGENTS = "the {} kernels have no forward-mode derivative"
 
 
 def _why_no_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -255,7 +258,14 @@ def resolve(tensors: Sequence[Tensor | None]) -> str:
 @torch.compiler.assume_constant_result
 def while_compiling(device: torch.device, dtype: torch.dtype) -> str:
     """``resolve`` for data of this kind, whose answer a compiled model keeps."""
-    return _first(device, lambda backend: _why_no_kernels(backend, device, dtype))
+
+    def reason_against(backend: str) -> str | None:
+        reason = _why_no_kernels(backend, device, dtype)
+        if reason is None and modes.may_have_tangents():
+            return _NO_TANGENTS.format(backend)
+        return reason
+
+    return _first(device, reason_against)
 
 
 def _first(device: torch.device, reason_against: Callable[[str], str | None]) -> str:

@@ -78,7 +78,7 @@ def _operator(
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def layer_of(

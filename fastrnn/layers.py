@@ -7,6 +7,7 @@ proj_size), G gates, L layers, D directions.
 from __future__ import annotations
 
 import operator
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ def _packed(
     data, batch_sizes, sorted_indices, unsorted_indices = input
     checks.packed_batches(spec, input)
     checks.layer_input(spec, data, weights, packed=True)
-    batch = int(batch_sizes[0])
+    batch = _packed_batch(spec, input, hx)
     rows = spec.num_layers * spec.directions
     if hx is None:
         h = data.new_zeros(rows, batch, spec.output_size)
@@ -112,6 +113,18 @@ def _packed(
         c_n = c_n.index_select(1, unsorted_indices) if spec.has_c else c_n
     packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
     return packed, (h_n, c_n) if spec.has_c else h_n
+
+
+def _packed_batch(spec: LayerSpec, input: PackedSequence, hx: Any) -> int:
+    """Rows of the first step. While compiling, values are not there yet: a shape that says the same
+    is taken, which the operators compare with ``batch_sizes``."""
+    if torch.compiler.is_compiling():
+        if input.sorted_indices is not None:
+            return input.sorted_indices.shape[0]
+        first = hx[0] if spec.has_c and hx is not None else hx
+        if isinstance(first, Tensor) and first.dim() == 3:
+            return first.shape[1]
+    return typing.cast(int, input.batch_sizes[0].item())
 
 
 def _stack(

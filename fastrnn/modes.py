@@ -28,13 +28,22 @@ def is_mapped_by_autograd(tensors: Sequence[Tensor | None]) -> bool:
 
 def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
     """Whether forward-mode derivatives are asked for, by torch.func or without it."""
-    if torch._C._are_functorch_transforms_active():
-        levels = _functorch.get_interpreter_stack() or ()
-        if any(level.key() == _functorch.TransformType.Jvp for level in levels):
-            return True
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    return _is_under_jvp() or (
+        forward_ad._current_level >= 0
+        and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     )
+
+
+def may_have_tangents() -> bool:
+    """The same of tensors that are not there yet."""
+    return _is_under_jvp() or forward_ad._current_level >= 0
+
+
+def _is_under_jvp() -> bool:
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = _functorch.get_interpreter_stack() or ()
+    return any(level.key() == _functorch.TransformType.Jvp for level in levels)
 
 
 def is_traced() -> bool:

@@ -8,13 +8,15 @@ calls have their own, faster way in autograd.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.utils import _pytree as pytree
 
-from . import batching, derivatives, reference
+from . import batching, derivatives, modes, reference
 
 # csrc/ops.cpp has the same.
 LAYER = (
@@ -40,9 +42,9 @@ def describe(library: str) -> None:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return _layer_gradients(operators, ctx, *grads[:3])
 
-    torch.library.register_autograd(layer, backward, setup_context=_keep_layer)
-    torch.library.register_autograd(
-        layer_backward, _second_gradients, setup_context=_keep_layer_backward
+    _register_derivative(operators.layer.default, backward, _keep_layer)
+    _register_derivative(
+        operators.layer_backward.default, _second_gradients, _keep_layer_backward
     )
 
     def map_layer(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -54,6 +56,29 @@ def describe(library: str) -> None:
 
     torch.library.register_vmap(layer, map_layer)
     torch.library.register_vmap(layer_backward, map_layer_backward)
+
+
+def _register_derivative(
+    op: Any, backward: Callable[..., Any], keep: Callable[..., None]
+) -> None:
+    """What ``torch.library.register_autograd`` does; but it would lose tangents without a word."""
+    kernel = make_autograd_impl(op, Info(backward, keep))
+
+    def run(keyset: Any, *arguments: Any, **named: Any) -> Any:
+        tensors = [t for t in pytree.tree_leaves((arguments, named)) if isinstance(t, Tensor)]
+        if modes.has_tangents(tensors):
+            raise RuntimeError(
+                f"{op} has no forward-mode derivative: call the layer itself, not a compiled, "
+                "exported or traced one"
+            )
+        return kernel(keyset, *arguments, **named)
+
+    library = torch.library.Library(op.namespace, "IMPL")
+    library.impl(op._opname, run, "Autograd", with_keyset=True)
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # what they registered goes with them
 
 
 def _sizes(
@@ -115,10 +140,9 @@ def _layer_gradients(
     operators: Any, ctx: Any, doutput: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
 ) -> tuple[Any, ...]:
     """The gradients of the arguments of ``layer``."""
-    nothing: tuple[Any, ...] = (None,) * 9
     input, h0, c0, batch_sizes, output, cells, saved, *weights = ctx.saved_tensors
     if doutput is None and dh_n is None and dc_n is None:
-        return nothing
+        return (None, None, [None] * len(weights), *(None,) * 6)
     call = (h0, c0, batch_sizes, ctx.groups, ctx.direction)
     if not ctx.save:  # nobody knew of gradients: what they need is computed now
         output, _, _, cells, saved = operators.layer(ctx.cell, input, weights, *call, True)
@@ -134,7 +158,7 @@ def _layer_gradients(
         None, dinput if of_input else None,
         [g if want else None for g, want in zip(dweights, of_weights, strict=True)],
         *(g if want else None for g, want in zip(dstates, of_states, strict=True)),
-        *nothing[5:],
+        *(None,) * 4,
     )  # fmt: skip
 
 
