@@ -126,6 +126,8 @@ def why_not(backend: str, tensors: Sequence[Tensor | None]) -> str | None:
         return f"the {backend} kernels have no rules for is_grads_batched"
     if modes.has_tangents(tensors):
         return _NO_TANGENTS.format(backend)
+    if modes.is_under("Functionalize"):
+        return f"the {backend} kernels have no rule for torch.func.functionalize"
     return None
 
 

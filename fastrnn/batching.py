@@ -27,7 +27,7 @@ def layer(
     """Results of ``run`` (the operator ``layer``) for a mapped batch, and where it lies in each.
     ``in_dims``: where it lies in the arguments, shaped as they are."""
     _, input_dim, weight_dims, h_dim, c_dim, sizes_dim, *_ = in_dims
-    _refuse_mapped(sizes_dim)
+    _refuse(size, sizes_dim)
     if batch_sizes is None and all(d is None for d in weight_dims):
         rows = _Rows(size, input, input_dim)
         results = run(
@@ -55,7 +55,7 @@ def layer_backward(
     """The same for ``layer_backward``."""
     _, *grad_dims, input_dim, output_dim, cells_dim, saved_dim, weight_dims = in_dims[:9]
     h_dim, c_dim, sizes_dim = in_dims[9:12]
-    _refuse_mapped(sizes_dim)
+    _refuse(size, sizes_dim)
     grads = list(zip((doutput, dh_n, dc_n), grad_dims, strict=True))
     if batch_sizes is None and all(d is None for d in weight_dims):
         rows = _Rows(size, input, input_dim)
@@ -90,7 +90,9 @@ def layer_backward(
     )
 
 
-def _refuse_mapped(batch_sizes_dim: Dim) -> None:
+def _refuse(size: int, batch_sizes_dim: Dim) -> None:
+    if size == 0:
+        raise RuntimeError("fastrnn: vmap over a dimension of size 0 is not possible")
     if batch_sizes_dim is not None:
         raise RuntimeError("fastrnn: vmap over batch_sizes of packed data is not possible")
 

@@ -222,6 +222,8 @@ def packed_batches(spec: LayerSpec, input: PackedSequence) -> None:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if torch.compiler.is_compiling():  # values are not there yet; the operators check them
         return
+    if torch._C._functorch.is_batchedtensor(sizes):
+        raise RuntimeError(f"{spec.name}: vmap over batch_sizes of packed data is not possible")
     counts = sizes.tolist()
     if counts[-1] <= 0 or counts != sorted(counts, reverse=True):
         raise RuntimeError(

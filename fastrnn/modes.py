@@ -28,7 +28,7 @@ def is_mapped_by_autograd(tensors: Sequence[Tensor | None]) -> bool:
 
 def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
     """Whether forward-mode derivatives are asked for, by torch.func or without it."""
-    return _is_under_jvp() or (
+    return is_under("Jvp") or (
         forward_ad._current_level >= 0
         and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     )
@@ -36,14 +36,15 @@ def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
 
 def may_have_tangents() -> bool:
     """The same of tensors that are not there yet."""
-    return _is_under_jvp() or forward_ad._current_level >= 0
+    return is_under("Jvp") or forward_ad._current_level >= 0
 
 
-def _is_under_jvp() -> bool:
+def is_under(transform: str) -> bool:
+    """Whether a transform of torch.func of this kind is active, the innermost or not."""
     if not torch._C._are_functorch_transforms_active():
         return False
-    levels = _functorch.get_interpreter_stack() or ()
-    return any(level.key() == _functorch.TransformType.Jvp for level in levels)
+    kind = getattr(_functorch.TransformType, transform)
+    return any(level.key() == kind for level in _functorch.get_interpreter_stack() or ())
 
 
 def is_traced() -> bool:

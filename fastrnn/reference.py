@@ -143,6 +143,14 @@ def _initial(state: Tensor | None, d: int, like: Tensor, batch: int, width: int)
     return state[d].to(like.dtype)
 
 
+def _input_of_group(flat: Tensor, weight_ih: Tensor, d: int) -> Tensor:
+    """[N, I] of [N, M * I]: one input for all groups, or the (d mod M)-th of those side by side."""
+    width, own = flat.shape[1], weight_ih.shape[1]
+    if own in (0, width) or width == 0:
+        return flat
+    return flat.unflatten(1, (-1, own))[:, d % (width // own)]
+
+
 def _in_order(parts: list[Tensor], reverse: bool) -> Tensor:
     return torch.cat(parts[::-1] if reverse else parts)
 
@@ -161,7 +169,8 @@ def layer(
 
     Args:
         cell: a name in :data:`CELLS`.
-        input: [T, B, I], or packed [N, I].
+        input: [T, B, I], or packed [N, I]; or M * I features: M inputs, of which group d reads the
+            (d mod M)-th.
         weights: for each group weight_ih [G * H, I], weight_hh [G * H, P], with biases bias_ih and
             bias_hh [G * H], with a projection weight_hr [P, H].
         h0, c0: initial states [D, B, P] and [D, B, H], or None: zeros. Packed data needs h0.
@@ -187,7 +196,7 @@ def layer(
             w = own.to(compute)
             hidden, size = w.hh.shape[0] // info.gates, w.hh.shape[1]
             b_ih, b_hh = (0 if b is None else b for b in (w.b_ih, w.b_hh))
-            gates = flat @ w.ih.T + b_ih
+            gates = _input_of_group(flat, w.ih, d) @ w.ih.T + b_ih
             h = _initial(h0, d, flat, batch, size)
             c = _initial(c0, d, flat, batch, hidden) if info.has_c else empty
             parts: list[tuple[Tensor, ...]] = []
