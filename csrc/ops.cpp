@@ -74,10 +74,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tens
   ScanArgs a;
   static_cast<ScanShape&>(a) = s;
   a.I = p.I, a.M = p.M, a.input = input.const_data_ptr();
-  a.weight_ih = p.weights.ih_arrays.data(), a.weight_hh = p.weights.hh_arrays.data();
+  a.weight_ih = p.weights.ih.data(), a.weight_hh = p.weights.hh.data();
   a.scale_ih = a.scale_hh = nullptr;
-  a.bias_ih = Weights::or_null(p.weights.b_ih_arrays), a.bias_hh = Weights::or_null(p.weights.b_hh_arrays);
-  a.weight_hr = Weights::or_null(p.weights.hr_arrays);
+  a.bias_ih = Weights::or_null(p.weights.b_ih), a.bias_hh = Weights::or_null(p.weights.b_hh);
+  a.weight_hr = Weights::or_null(p.weights.hr);
   a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype, *device);
   a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype, *device);
 
@@ -117,8 +117,11 @@ struct BetweenPasses {
   }
 };
 
-// The gradients of the weights of group d from those of its products, in the order of the operator's list; where
-// parts > 1, one for each of so many equal parts of the batch [parts, ...].
+// From so many groups on they are divided among threads; below, the products of each are.
+constexpr int64_t kManyGroups = 4;
+
+// The gradients of the weights from those of the products of their groups. `target`: of group d, in a tensor in which
+// those of other groups and of other parts of the batch lie `apart` rows apart.
 class WeightGradients {
  public:
   WeightGradients(const Problem& problem, Device& device, const Tensor& input, const Tensor& output,
@@ -131,44 +134,31 @@ class WeightGradients {
         first_(h0 ? *h0 : device.zeros(problem.state(problem.shape.P), problem.dtype)),
         between_(between) {}
 
-  // dW_ih [G * H, I] = sum over time of dx_t input_t^T
-  Tensor weight_ih(int64_t d, int64_t parts) const {
-    return over_parts(parts, {G * s.H, p.I}, [&](const Rows& target, const Some& rows, bool add) {
-      outer_product(target, G * s.H, p.I, dgates(d), Rows::of_input(input_, d, p.M, p.I), rows, s.N, add);
-    });
-  }
-
-  // dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T, where dr is `drecurrent` for the last R gates
-  Tensor weight_hh(int64_t d, int64_t parts) const {
-    const int64_t own = R * s.H, shared = G * s.H - own;
-    return over_parts(parts, {G * s.H, s.P}, [&](const Rows& target, const Some& rows, bool add) {
-      add_recurrent(target, d, shared, dgates(d), rows, add);
-      if (own > 0) add_recurrent(target.from(shared), d, own, drecurrent(d), rows, add);
-    });
-  }
-
-  // db_ih [G * H] = sum over time of dx_t; db_hh that of dr_t
-  Tensor bias(int64_t d, bool recurrent, int64_t parts) const {
-    const int64_t own = recurrent ? R * s.H : 0, shared = G * s.H - own, members = s.B / parts;
-    // of each row of the batch, where a part has more than one
-    const Tensor sums = device_.make({parts > 1 && members > 1 ? s.B : 0, G * s.H}, p.compute());
-    return over_parts(parts, {G * s.H}, [&](const Rows& target, const Some& rows, bool) {
-      const bool whole = parts == 1 || members == 1;
-      const Rows sum = whole ? target : Rows::of_matrix(sums, G * s.H).from(rows.first);
-      device_.sum_over_rows(dgates(d).each(rows.apart, rows.first), s.N / rows.apart, shared, sum);
-      if (own > 0)
-        device_.sum_over_rows(drecurrent(d).each(rows.apart, rows.first), s.N / rows.apart, own, sum.from(0, shared));
-      if (!whole && rows.first % members == members - 1)
-        device_.sum_over_rows(Rows::of_matrix(sums, G * s.H).from(rows.first - members + 1), members, G * s.H, target);
-    });
-  }
-
-  // dW_hr [P, H] = sum over time of dh_t (o tanh c)_t^T
-  Tensor weight_hr(int64_t d, int64_t parts) const {
-    return over_parts(parts, {s.P, s.H}, [&](const Rows& target, const Some& rows, bool add) {
-      outer_product(target, s.P, s.H, Rows::of_group(between_.dprojected, d, s.N, s.P),
-                    Rows::of_group(between_.unprojected, d, s.N, s.H), rows, s.N, add);
-    });
+  // Those of the list, each in the layout of its weight; where parts > 1, one for each of so many equal parts of the
+  // batch [parts, ...]; [0] for 0 parts.
+  std::vector<Tensor> all(const int64_t* parts) const {
+    const int64_t members = p.weights.members(), per_group = static_cast<int64_t>(p.weights.per_group);
+    const int64_t count = s.D / members * per_group;
+    std::vector<Tensor> found;
+    for (int64_t i = 0; i < count; ++i) {
+      Sizes sizes = parts[i] > 0 ? sizes_of_kind(i % per_group) : Sizes{0};
+      if (parts[i] > 0 && p.weights.stacked > 0) sizes.insert(sizes.begin(), p.weights.stacked);
+      if (parts[i] > 1) sizes.insert(sizes.begin(), parts[i]);
+      found.push_back(s.B > 0 ? device_.make(sizes, p.compute()) : device_.zeros(sizes, p.compute()));
+    }
+    const auto of_group = [&](int64_t d) {
+      for (int64_t kind = 0; kind < per_group; ++kind) {
+        const int64_t i = d / members * per_group + kind;
+        if (parts[i] > 0) add_parts(found[static_cast<size_t>(i)], d, kind, parts[i]);
+      }
+    };
+    if (s.D >= kManyGroups) {
+      device_.for_each(s.D, of_group);
+    } else {
+      for (int64_t d = 0; d < s.D; ++d) of_group(d);
+    }
+    for (Tensor& t : found) t = device_.to_storage(t, p.dtype);
+    return found;
   }
 
   // dinput [N, M, I]: of each input the sum of dx W_ih over its groups
@@ -179,7 +169,7 @@ class WeightGradients {
     const auto of_input = [&](int64_t m) {
       for (int64_t d = m; d < s.D; d += p.M)
         device_.row_product(Rows::of_input(dinput, m, p.M, p.I), s.N, p.I, dgates(d),
-                            Rows::of_matrix(p.weights.ih[static_cast<size_t>(d)], p.I), G * s.H, d > m);
+                            Rows::of_matrix(weight_ih(d), p.I), G * s.H, d > m);
     };
     p.M > 1 ? device_.for_each(p.M, of_input) : of_input(0);
     return device_.to_storage(dinput, p.dtype);
@@ -191,22 +181,55 @@ class WeightGradients {
     int64_t apart, first;
   };
 
-  // A gradient of these sizes, or one for each part [parts, ...]: add(target, rows, add) for some rows after others.
-  template <class F>
-  Tensor over_parts(int64_t parts, Sizes sizes, F add) const {
-    const int64_t height = sizes[0], width = sizes.size() > 1 ? sizes[1] : 1;
-    if (parts > 1) sizes.insert(sizes.begin(), parts);
-    const Tensor result = s.B > 0 ? device_.make(sizes, p.compute()) : device_.zeros(sizes, p.compute());
-    const Rows target = Rows::of_matrix(result, width);
-    if (parts == 1) add(target, Some{1, 0}, false);
-    const int64_t members = s.B / parts;
-    const auto add_part = [&](int64_t part) {
-      for (int64_t i = 0; i < members; ++i) add(target.from(part * height), Some{s.B, part * members + i}, i > 0);
-    };
-    if (parts > 1) device_.for_each(parts, add_part);
-    return device_.to_storage(result, p.dtype);
+  Sizes sizes_of_kind(int64_t kind) const {
+    if (kind == 0) return {G * s.H, p.I};
+    if (kind == 1) return {G * s.H, s.P};
+    return p.weights.has_bias() && kind < 4 ? Sizes{G * s.H} : Sizes{s.P, s.H};
   }
 
+  // The gradient of a kind of weight of group d, in its place in a result.
+  void add_parts(const Tensor& result, int64_t d, int64_t kind, int64_t parts) const {
+    const Sizes sizes = sizes_of_kind(kind);
+    const int64_t height = sizes[0], stack = p.weights.members(), members = s.B / parts;
+    const Rows target = Rows::of_matrix(result, sizes.size() > 1 ? sizes[1] : 1).from(d % stack * height);
+    if (parts == 1) return add(target, d, kind, {1, 0}, 1, false);
+    device_.for_each(s.B > 0 ? parts : 0, [&](int64_t part) {
+      for (int64_t i = 0; i < members; ++i)
+        add(target.from(part * stack * height), d, kind, {s.B, part * members + i}, members, i > 0);
+    });
+  }
+
+  // target (+)= what some rows of data contribute; one of `members` rows of the batch that make a part.
+  void add(const Rows& target, int64_t d, int64_t kind, const Some& rows, int64_t members, bool add) const {
+    if (kind == 0) {  // dW_ih [G * H, I] = sum over time of dx_t input_t^T
+      outer_product(target, G * s.H, p.I, dgates(d), Rows::of_input(input_, d, p.M, p.I), rows, s.N, add);
+    } else if (kind ==
+               1) {  // dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T, dr: `drecurrent` for the last R gates
+      const int64_t own = R * s.H, shared = G * s.H - own;
+      add_recurrent(target, d, shared, dgates(d), rows, add);
+      if (own > 0) add_recurrent(target.from(shared), d, own, drecurrent(d), rows, add);
+    } else if (p.weights.has_bias() && kind < 4) {
+      add_bias(target, d, kind == 3 ? R * s.H : 0, rows, members);
+    } else {  // dW_hr [P, H] = sum over time of dh_t (o tanh c)_t^T
+      outer_product(target, s.P, s.H, Rows::of_group(between_.dprojected, d, s.N, s.P),
+                    Rows::of_group(between_.unprojected, d, s.N, s.H), rows, s.N, add);
+    }
+  }
+
+  // db_ih [G * H] = sum over time of dx_t; db_hh that of dr_t, the last `own` of which are `drecurrent`.
+  void add_bias(const Rows& target, int64_t d, int64_t own, const Some& rows, int64_t members) const {
+    const int64_t shared = G * s.H - own;
+    const Tensor sums = device_.make({members > 1 ? 2 : 0, G * s.H}, p.compute());  // what there was, and this row's
+    const bool first = members == 1 || rows.first % members == 0;
+    const Rows both = Rows::of_matrix(sums, G * s.H), sum = first ? target : both.from(1);
+    if (!first) device_.sum_over_rows(target, 1, G * s.H, both);
+    device_.sum_over_rows(dgates(d).each(rows.apart, rows.first), s.N / rows.apart, shared, sum);
+    if (own > 0)
+      device_.sum_over_rows(drecurrent(d).each(rows.apart, rows.first), s.N / rows.apart, own, sum.from(0, shared));
+    if (!first) device_.sum_over_rows(both, 2, G * s.H, target);
+  }
+
+  Array weight_ih(int64_t d) const { return {const_cast<void*>(p.weights.ih[static_cast<size_t>(d)]), p.dtype}; }
   Rows dgates(int64_t d) const { return Rows::of_group(between_.dgates, d, s.N, G * s.H); }
   Rows drecurrent(int64_t d) const { return Rows::of_group(between_.drecurrent, d, s.N, R * s.H); }
 
@@ -240,9 +263,6 @@ class WeightGradients {
   const BetweenPasses& between_;
 };
 
-// From so many groups on they are divided among threads; below, the products of each are.
-constexpr int64_t kManyGroups = 4;
-
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
     StringHandle name, OptionalTensor doutput_, OptionalTensor dh_n_, OptionalTensor dc_n_, Tensor input_,
     Tensor output_, Tensor cells_, Tensor saved_, std::vector<Tensor> list, OptionalTensor h0_, OptionalTensor c0_,
@@ -275,8 +295,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
   a.output = optional_array(output, "output", p.output(), p.dtype, *device);
   a.cells = optional_array(cells, "cells", has_c ? p.over_time(s.H) : none, p.compute(), *device);
   a.saved = optional_array(saved, "saved", p.over_time(A * s.H), p.dtype, *device);
-  a.weight_hh = p.weights.hh_arrays.data();
-  a.weight_hr = Weights::or_null(p.weights.hr_arrays);
+  a.weight_hh = p.weights.hh.data();
+  a.weight_hr = Weights::or_null(p.weights.hr);
   a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype, *device);
   a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype, *device);
 
@@ -291,26 +311,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
   device->run(a);
 
   const WeightGradients gradients(p, *device, input, output, h0, between);
-  std::vector<std::optional<Tensor>> found(list.size());
-  const auto gradient = [&](size_t i) {
-    const int64_t d = static_cast<int64_t>(i / p.weights.per_group), parts = wanted[i + 3];
-    const size_t kind = i % p.weights.per_group;
-    if (parts == 0) return device->make(none, p.dtype);
-    if (kind == 0) return gradients.weight_ih(d, parts);
-    if (kind == 1) return gradients.weight_hh(d, parts);
-    return p.weights.has_bias() && kind < 4 ? gradients.bias(d, kind == 3, parts) : gradients.weight_hr(d, parts);
-  };
-  const auto gradients_of_group = [&](int64_t d) {
-    const size_t first = static_cast<size_t>(d) * p.weights.per_group;
-    for (size_t i = first; i < first + p.weights.per_group; ++i) found[i] = gradient(i);
-  };
-  if (s.D >= kManyGroups) {
-    device->for_each(s.D, gradients_of_group);
-  } else {
-    for (int64_t d = 0; d < s.D; ++d) gradients_of_group(d);
-  }
-  std::vector<Tensor> dweights;
-  for (const std::optional<Tensor>& t : found) dweights.push_back(*t);
+  const std::vector<Tensor> dweights = gradients.all(wanted.data() + 3);
   return {wanted[0] ? gradients.input() : device->make(none, p.dtype), dweights, dh0, dc0};
 }
 
@@ -320,8 +321,9 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
 // Dimension key: scan.h. One layer, all its groups (directions, members of an ensemble): input [T, B, I], or packed
 // [N, I] with batch_sizes [T], or M * I features: M inputs, of which group d reads the (d mod M)-th; weights: weight_ih
 // [G * H, I], weight_hh [G * H, P], with biases bias_ih and bias_hh [G * H], with a projection weight_hr [P, H], for
-// each group; output [T, B, D * P] or [N, D * P]; cells [D, N, H] and saved [D, N, A * H] for backward. wanted: whether
-// the gradient of the input, of h0, of c0 and of each weight is asked for; of a weight n > 1 asks for n gradients [n,
+// each group, or each of them [S, ...] for S groups at a time; output [T, B, D * P] or [N, D * P]; cells [D, N, H] and
+// saved [D, N, A * H] for backward. wanted: whether the gradient of the input, of h0, of c0 and of each weight is asked
+// for; of a weight n > 1 asks for n gradients [n,
 // ...], one for each of n equal parts of the batch of dense data. Empty tensors [0] stand for what a cell does not have
 // or what was not asked for.
 FASTRNN_DEFINE(FASTRNN_LIBRARY, m) {

@@ -1,6 +1,7 @@
 // What both operators learn from their arguments, checked: sizes, weights, row offsets.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -11,51 +12,66 @@ namespace fastrnn {
 CellId cell_of(const std::string& name);
 Dtype dtype_of(ScalarType dtype);
 
-// The weights of all groups, by kind. Index of the first group's: the order of the list of an operator.
+// The weights of all groups. The list of an operator holds, for one group after the other, weight_ih, weight_hh,
+// [bias_ih, bias_hh], [weight_hr]; or each of these for S groups at a time, stacked [S, ...].
 struct Weights {
-  std::vector<Tensor> ih, hh, b_ih, b_hh, hr;
-  std::vector<const void*> ih_arrays, hh_arrays, b_ih_arrays, b_hh_arrays, hr_arrays;
-  size_t per_group;
+  int64_t stacked;                                  // S, or 0
+  size_t per_group;                                 // entries of the list
+  std::vector<const void*> ih, hh, b_ih, b_hh, hr;  // [D], of each group
 
-  // weight_ih, weight_hh, [bias_ih, bias_hh], [weight_hr] of each group, one after the other
   Weights(const std::vector<Tensor>& list, int64_t groups) {
     const int64_t count = static_cast<int64_t>(list.size());
-    STD_TORCH_CHECK(groups > 0 && count % groups == 0 && count / groups >= 2 && count / groups <= 5, "fastrnn: ", count,
-                    " weights are not 2 to 5 for each of ", groups, " groups");
-    per_group = list.size() / static_cast<size_t>(groups);
-    for (size_t i = 0; i < list.size(); i += per_group) {
-      size_t next = i;
-      ih.push_back(as_contiguous(list[next++]));
-      hh.push_back(as_contiguous(list[next++]));
-      if (has_bias()) b_ih.push_back(as_contiguous(list[next++])), b_hh.push_back(as_contiguous(list[next++]));
-      if (projected()) hr.push_back(as_contiguous(list[next++]));
-    }
+    stacked = count > 0 && list[0].dim() == 3 ? list[0].size(0) : 0;
+    STD_TORCH_CHECK(groups > 0 && (count == 0 || list[0].dim() != 3 || (stacked > 0 && groups % stacked == 0)),
+                    "fastrnn: weights of ", stacked, " groups at a time do not make ", groups, " groups");
+    const int64_t entries = groups / std::max<int64_t>(stacked, 1);
+    STD_TORCH_CHECK(count % entries == 0 && count / entries >= 2 && count / entries <= 5, "fastrnn: ", count,
+                    " weights are not 2 to 5 for each of ", entries, " groups");
+    per_group = static_cast<size_t>(count / entries);
+    for (const Tensor& t : list) tensors_.push_back(as_contiguous(t));
   }
   Weights(const Weights&) = delete;
 
   bool has_bias() const { return per_group >= 4; }
   bool projected() const { return per_group % 2 == 1; }
+  // Groups of an entry of the list.
+  int64_t members() const { return std::max<int64_t>(stacked, 1); }
+  // The sizes of the first weight_ih (0) or weight_hh (1), of one group.
+  Sizes first(size_t kind) const {
+    Sizes sizes = sizes_of(tensors_[kind]);
+    if (stacked > 0 && !sizes.empty()) sizes.erase(sizes.begin());
+    return sizes;
+  }
 
   void check_all(const ScanShape& s, int64_t G, int64_t I, ScalarType dtype, const Place& place) {
-    for (size_t d = 0; d < ih.size(); ++d) {
-      check(ih[d], "weight_ih", {G * s.H, I}, dtype, place);
-      check(hh[d], "weight_hh", {G * s.H, s.P}, dtype, place);
-      if (has_bias())
-        check(b_ih[d], "bias_ih", {G * s.H}, dtype, place), check(b_hh[d], "bias_hh", {G * s.H}, dtype, place);
-      if (projected()) check(hr[d], "weight_hr", {s.P, s.H}, dtype, place);
+    for (size_t next = 0; next < tensors_.size();) {
+      take(next, "weight_ih", {G * s.H, I}, dtype, place, ih);
+      take(next, "weight_hh", {G * s.H, s.P}, dtype, place, hh);
+      if (has_bias()) {
+        take(next, "bias_ih", {G * s.H}, dtype, place, b_ih);
+        take(next, "bias_hh", {G * s.H}, dtype, place, b_hh);
+      }
+      if (projected()) take(next, "weight_hr", {s.P, s.H}, dtype, place, hr);
     }
-    ih_arrays = arrays(ih), hh_arrays = arrays(hh), b_ih_arrays = arrays(b_ih), b_hh_arrays = arrays(b_hh),
-    hr_arrays = arrays(hr);
   }
 
-  static std::vector<const void*> arrays(const std::vector<Tensor>& tensors) {
-    std::vector<const void*> pointers;
-    for (const Tensor& t : tensors) pointers.push_back(t.const_data_ptr());
-    return pointers;
-  }
   static const void* const* or_null(const std::vector<const void*>& arrays) {
     return arrays.empty() ? nullptr : arrays.data();
   }
+
+ private:
+  void take(size_t& next, const char* name, Sizes sizes, ScalarType dtype, const Place& place,
+            std::vector<const void*>& arrays) {
+    int64_t bytes = item_size(dtype);
+    for (const int64_t size : sizes) bytes *= size;
+    if (stacked > 0) sizes.insert(sizes.begin(), stacked);
+    const Tensor& t = tensors_[next++];
+    check(t, name, sizes, dtype, place);
+    for (int64_t i = 0; i < members(); ++i)
+      arrays.push_back(static_cast<const char*>(t.const_data_ptr()) + static_cast<size_t>(i * bytes));
+  }
+
+  std::vector<Tensor> tensors_;
 };
 
 // What both operators learn from their arguments. Owns the row offsets and batch sizes that `shape` points to.
@@ -83,16 +99,15 @@ struct Problem {
     STD_TORCH_CHECK(input.dim() == dims, "fastrnn: the input must have ", dims, " dimensions, got ", input.dim());
     take_input(input.size(dims - 1));
 
-    const Tensor& weight_hh = weights.hh[0];
-    STD_TORCH_CHECK(weight_hh.dim() == 2, "fastrnn: weight_hh must have 2 dimensions [G * H, P], got ",
-                    weight_hh.dim());
-    shape.H = weight_hh.size(0) / cell.gates, shape.P = weight_hh.size(1);
+    const Sizes weight_hh = weights.first(1);
+    STD_TORCH_CHECK(weight_hh.size() == 2, "fastrnn: weight_hh must have 2 dimensions [G * H, P], got ",
+                    weight_hh.size());
+    shape.H = weight_hh[0] / cell.gates, shape.P = weight_hh[1];
     shape.projected = weights.projected();
-    STD_TORCH_CHECK(shape.H > 0 && shape.P > 0, "fastrnn: weight_hh must not be empty, got ",
-                    text(sizes_of(weight_hh)));
+    STD_TORCH_CHECK(shape.H > 0 && shape.P > 0, "fastrnn: weight_hh must not be empty, got ", text(weight_hh));
     STD_TORCH_CHECK(!shape.projected || cell.has_c, "fastrnn: weight_hr needs an LSTM, got ", cell_name);
     STD_TORCH_CHECK(shape.projected || shape.P == shape.H, "fastrnn: weight_hh must have shape [G * H, H], got ",
-                    text(sizes_of(weight_hh)));
+                    text(weight_hh));
     weights.check_all(shape, cell.gates, I, dtype, place);
     if (batch_sizes)
       take_batch_sizes(*batch_sizes, input.size(0), h0);
@@ -105,7 +120,8 @@ struct Problem {
   // One input for all groups, or one for each member of an ensemble, whose groups lie M apart.
   void take_input(int64_t width) {
     I = width, M = 1;
-    const int64_t own = weights.ih[0].dim() == 2 ? weights.ih[0].size(1) : 0;
+    const Sizes weight_ih = weights.first(0);
+    const int64_t own = weight_ih.size() == 2 ? weight_ih[1] : 0;
     if (own == width || own == 0 || width == 0 || width % own != 0) return;  // what is wrong is said of weight_ih
     const int64_t groups = shape.direction == Direction::kBoth ? shape.D / 2 : shape.D;
     STD_TORCH_CHECK(groups % (width / own) == 0, "fastrnn: the input has ", width / own, " times the ", own,

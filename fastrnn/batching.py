@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 Dim = int | None
@@ -36,7 +35,7 @@ def layer(
         )  # fmt: skip
         parts = [*(rows.part(r) for r in results[:3]), *(rows.part_times(r) for r in results[3:])]
     else:
-        members = _Groups(size, weights, weight_dims, groups)
+        members = _Groups(size, weights, weight_dims)
         results = run(
             cell, members.join_inputs(input, input_dim), members.weights, members.join(h0, h_dim),
             members.join(c0, c_dim), batch_sizes, groups * size, direction, *save,
@@ -71,7 +70,7 @@ def layer_backward(
             rows.part_gradients(g, n) for g, n in zip(dweights, wanted[3:], strict=True)
         ]
     else:
-        members = _Groups(size, weights, weight_dims, groups)
+        members = _Groups(size, weights, weight_dims)
         dinput, dweights, *dstates = run(
             cell, members.join_features(doutput, grad_dims[0], groups),
             *(members.join(*g) for g in grads[1:]),
@@ -79,10 +78,10 @@ def layer_backward(
             members.join_features(output, output_dim, groups), members.join(cells, cells_dim),
             members.join(saved, saved_dim), members.weights, members.join(h0, h_dim),
             members.join(c0, c_dim), batch_sizes, groups * size, direction,
-            [*wanted[:3], *members.of_each(wanted[3:])],
+            wanted,
         )  # fmt: skip
         found = [members.part_features(dinput, members.inputs), *map(members.part, dstates)]
-        by_weight = members.part_weights(dweights)
+        by_weight = members.part_weights(dweights, wanted[3:])
     (dinput, input_dim), *states = found
     return (
         (dinput, [g for g, _ in by_weight], *(t for t, _ in states)),
@@ -156,23 +155,19 @@ class _Groups:
     that lie side by side [..., D, width] become [..., D * S, width]."""
 
     def __init__(
-        self, size: int, weights: Sequence[Tensor], dims: Sequence[Dim], groups: int
+        self, size: int, weights: Sequence[Tensor], dims: Sequence[Dim]
     ) -> None:
-        self.size, self.groups = size, groups
-        self.per_group = len(weights) // groups
-        members = [_in_front(w, d, size).unbind() for w, d in zip(weights, dims, strict=True)]
-        self.weights = [
-            own[s] for group in self._by_group(members) for s in range(size) for own in group
-        ]
+        self.size = size
+        self._is_nested = any(
+            w.dim() - (d is not None) == 3 for w, d in zip(weights[:1], dims[:1], strict=True)
+        )
+        self.weights = [self._stacked(w, d) for w, d in zip(weights, dims, strict=True)]
         self.inputs = 1  # of a member: join_inputs
 
-    def _by_group(self, each: Sequence[Any]) -> list[Sequence[Any]]:
-        n = self.per_group
-        return [each[i : i + n] for i in range(0, len(each), n)]
-
-    def of_each(self, each: Sequence[Any]) -> list[Any]:
-        """What is said of the weights of a layer, said of those of all members."""
-        return [item for group in self._by_group(each) for item in [*group] * self.size]
+    def _stacked(self, weight: Tensor, dim: Dim) -> Tensor:
+        """[S, ...], or of weights that are stacked already [R, ...] -> [R * S, ...]"""
+        whole = _in_front(weight, dim, self.size)
+        return whole.transpose(0, 1).flatten(0, 1) if self._is_nested else whole
 
     def join(self, tensor: Tensor | None, dim: Dim) -> Tensor | None:
         """[D, ...] -> [D * S, ...]"""
@@ -213,12 +208,15 @@ class _Groups:
         assert joined is not None
         return joined
 
-    def part_weights(self, gradients: Sequence[Tensor]) -> list[tuple[Tensor, Dim]]:
-        """Of each weight, those of its members [S, ...]."""
-        n, found = self.per_group, list[tuple[Tensor, Dim]]()
-        for g in range(self.groups):
-            own = gradients[g * n * self.size : (g + 1) * n * self.size]
-            for i in range(n):
-                absent = _is_absent(own[i])
-                found.append((own[i], None) if absent else (torch.stack(list(own[i::n])), 0))
+    def part_weights(
+        self, gradients: Sequence[Tensor], wanted: Sequence[int]
+    ) -> list[tuple[Tensor, Dim]]:
+        """Of each weight, those of its members: [S, ...], or of n > 1 parts [n, S, ...]."""
+        found: list[tuple[Tensor, Dim]] = []
+        for gradient, parts in zip(gradients, wanted, strict=True):
+            dim = int(parts > 1)
+            if parts and self._is_nested:
+                stack = gradient.shape[dim] // self.size
+                gradient = gradient.unflatten(dim, (stack, self.size))
+            found.append((gradient, dim + self._is_nested if parts else None))
         return found

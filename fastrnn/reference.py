@@ -43,14 +43,23 @@ class Weights(NamedTuple):
 
 def weights_of_groups(weights: Sequence[Tensor], groups: int) -> list[Weights]:
     """The list of an operator, group by group: weight_ih, weight_hh, then both biases or none,
-    then weight_hr or none."""
-    count = len(weights) // groups
+    then weight_hr or none; or each of them [S, ...] for S groups at a time."""
+    S = stacked_groups(weights)
+    count = len(weights) * max(S, 1) // groups
     result = []
     for g in range(groups):
-        own = list(weights[g * count : (g + 1) * count])
+        first = g // max(S, 1) * count
+        own = list(weights[first : first + count])
+        if S:
+            own = [w[g % S] for w in own]
         b_ih, b_hh = own[2:4] if count >= 4 else (None, None)
         result.append(Weights(own[0], own[1], b_ih, b_hh, own[-1] if count % 2 else None))
     return result
+
+
+def stacked_groups(weights: Sequence[Tensor]) -> int:
+    """S, of an operator's list whose weights are those of S groups at a time; otherwise 0."""
+    return weights[0].shape[0] if weights and weights[0].dim() == 3 else 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,8 @@ def layer(
         input: [T, B, I], or packed [N, I]; or M * I features: M inputs, of which group d reads the
             (d mod M)-th.
         weights: for each group weight_ih [G * H, I], weight_hh [G * H, P], with biases bias_ih and
-            bias_hh [G * H], with a projection weight_hr [P, H].
+            bias_hh [G * H], with a projection weight_hr [P, H]; or each of them [S, ...] for S
+            groups at a time.
         h0, c0: initial states [D, B, P] and [D, B, H], or None: zeros. Packed data needs h0.
         batch_sizes: rows of each step [T], int64 on the CPU, not increasing; None: dense.
         groups: D, the number of groups.

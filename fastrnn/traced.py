@@ -87,7 +87,7 @@ def _sizes(
     """The cell, H, P and B."""
     info = reference.CELLS[cell]
     batch = input.shape[1] if h0 is None else h0.shape[1]
-    return info, weights[1].shape[0] // info.gates, weights[1].shape[1], batch
+    return info, weights[1].shape[-2] // info.gates, weights[1].shape[-1], batch
 
 
 def _layer_fake(

@@ -146,6 +146,27 @@ def wanted_of(call: list[Any], parts: int) -> list[int]:
     return [1, 1, int(call[0] == "lstm"), *[parts] * len(call[2])]
 
 
+def stacked(call: list[Any], wanted: list[int], size: int) -> tuple[list[Any], list[int]]:
+    """The same call, and flags, with weights of ``size`` groups at a time."""
+    weights, D = call[2], call[6]
+    per = len(weights) // D
+    entries = [(g * per, i) for g in range(0, D, size) for i in range(per)]
+    stacks = [torch.stack(weights[f + i : f + size * per : per]) for f, i in entries]
+    return changed(call, weights=stacks), [*wanted[:3], *(wanted[3 + f + i] for f, i in entries)]
+
+
+def apart(found: dict[str, Tensor], call: list[Any], size: int, parts: int) -> dict[str, Tensor]:
+    """The gradients of weights of ``size`` groups at a time as those of each group."""
+    per = len(call[2]) // call[6]
+    result = {k: v for k, v in found.items() if not k.startswith("dweight")}
+    for name, gradient in found.items():
+        if name.startswith("dweight"):
+            entry, kind = divmod(int(name.removeprefix("dweight")), per)
+            for s, own in enumerate(gradient.unbind(int(parts > 1))):
+                result[f"dweight{(entry * size + s) * per + kind}"] = own
+    return result
+
+
 def agree(
     ops: Any, call: list[Any], parts: int, poisoned: bool = True, device: str = "cpu"
 ) -> None:
@@ -168,6 +189,14 @@ def agree(
     got = {k: v.cpu() for k, v in got.items() if k in same}
     assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in same.items()}
     check(got, same, exact)
+    D = call[6]
+    for size in {D, max(n for n in range(1, D + 1) if D % n == 0 and n < max(D, 2))}:
+        at_once, wanted_at_once = stacked(given, wanted, size)
+        other = apart(run(ops, at_once, given_grads, wanted_at_once), call, size, parts)
+        other = {k: other[k].cpu() for k in got}
+        check(other, same, exact)
+        if ops is torch.ops.fastrnn and device == "cpu":  # elsewhere products depend on addresses
+            assert not [k for k in got if not torch.equal(bits(other[k]), bits(got[k]))], size
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -259,6 +288,33 @@ def test_wrong_inputs_are_refused() -> None:
     other = [w if i != 4 else torch.randn(15, 6) for i, w in enumerate(call[2])]
     with pytest.raises(RuntimeError, match="weight_ih must have shape"):
         ops.layer(*changed(call, weights=other), True)  # one group with more features
+
+
+def refused_stacks(weights: list[Tensor]) -> list[tuple[list[Tensor], str]]:
+    """Weights that are stacked in a wrong way for 4 groups, and what is said."""
+    flat = [w[0] for w in weights]
+    return [
+        ([w[:3] for w in weights], "3 groups at a time do not make 4 groups"),
+        ([w[:0] for w in weights], "0 groups at a time do not make 4 groups"),
+        ([torch.cat([w, w]) for w in weights], "8 groups at a time do not make 4 groups"),
+        ([weights[0], *flat[1:]], "weight_hh must have|at a time, got"),
+        ([*weights[:-1], flat[-1]], "must have shape|at a time, got"),
+        ([*weights[:-1], weights[-1][:1]], "must have shape|at a time, got"),
+        ([flat[0], *weights[1:]], "weights are not 2 to 5 for each of 4 groups"),
+        ([w[:2] for w in weights], "weights are not 2 to 5 for each of 2|must have shape"),
+        (weights[:1], "1 weights are not 2 to 5"),
+        ([weights[0], torch.zeros(()), *weights[2:]], "weight_hh must have|at a time, got"),
+    ]
+
+
+def test_wrong_stacks_are_refused() -> None:
+    call = problem("gru", (2, 4, 2), SIZES[0])
+    call = stacked(call, wanted_of(call, 1), 4)[0]
+    assert len(call[2]) == 4
+    torch.ops.fastrnn.layer(*call, False)
+    for weights, text in refused_stacks(call[2]):
+        with pytest.raises(RuntimeError, match=text):
+            torch.ops.fastrnn.layer(*changed(call, weights=weights), False)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -98,6 +98,16 @@ class BackwardPass(Pass):
     # The gradients of group d, from those of its products along time; of a weight, where parts > 1,
     # one for each of so many equal parts of the batch [parts, ...].
 
+    def dweight(self, d: int, kind: int, input: Tensor, parts: int) -> Tensor:
+        """Of the weight of this place in the list of a group."""
+        if kind == 0:
+            return self.dweight_ih(d, input, parts)
+        if kind == 1:
+            return self.dweight_hh(d, parts)
+        if self.p.has_bias and kind < 4:
+            return self.dbias(d, kind == 3, parts)
+        return self.dweight_hr(d, parts)
+
     def dweight_ih(self, d: int, input: Tensor, parts: int) -> Tensor:
         """dW_ih [G * H, I] = sum over time of dx_t input_t^T, input [N, M, I]"""
         return self.outer_product(self.dgates[d], input[:, d % self.p.M], parts)

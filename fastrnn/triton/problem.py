@@ -12,7 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference import CELLS, compute_dtype, reversed_group, weights_of_groups
+from ..reference import (
+    CELLS,
+    compute_dtype,
+    reversed_group,
+    stacked_groups,
+    weights_of_groups,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,11 +38,22 @@ class Problem:
         _expect(cell in CELLS, f"unknown cell {cell!r}")
         self.cell, self.info, self.D, self.direction = cell, CELLS[cell], groups, direction
         self.G, self.A, self.R = self.info.gates, self.info.saved, self.info.own
-        count = len(weights)
+        count, self.stacked = len(weights), stacked_groups(weights)
+        members = 1 if not weights or weights[0].dim() != 3 else self.stacked
         _expect(
-            groups > 0 and count % groups == 0 and 2 <= count // groups <= 5,
-            f"{count} weights are not 2 to 5 for each of {groups} groups",
+            groups > 0 and members > 0 and groups % members == 0,
+            f"weights of {members} groups at a time do not make {groups} groups",
         )
+        entries = groups // members
+        _expect(
+            count % entries == 0 and 2 <= count // entries <= 5,
+            f"{count} weights are not 2 to 5 for each of {entries} groups",
+        )
+        for given in weights if self.stacked else ():
+            _expect(
+                given.dim() > 1 and given.shape[0] == members,
+                f"a weight must be one of {members} groups at a time, got {list(given.shape)}",
+            )
         _expect(direction in (0, 1, 2), f"direction must be 0, 1 or 2, got {direction}")
         _expect(
             direction != 2 or groups % 2 == 0,
@@ -62,7 +79,7 @@ class Problem:
     def _inputs(self, width: int, weight_ih: Tensor) -> tuple[int, int]:
         """The features of an input, and M, the inputs side by side: one for all groups, or one for
         each member of an ensemble."""
-        own = weight_ih.shape[1] if weight_ih.dim() == 2 else 0
+        own = weight_ih.shape[-1] if weight_ih.dim() in (2, 3) else 0
         if own in (0, width) or width == 0 or width % own:
             return width, 1  # what is wrong is said of weight_ih
         groups = self.D // 2 if self.direction == 2 else self.D

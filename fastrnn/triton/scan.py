@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .backward import BackwardPass
@@ -50,20 +51,15 @@ def layer_backward(
         run = BackwardPass(p, (doutput, dh_n, dc_n), (output, cells, saved), h0, c0)
         run.run(bool(wanted[1]))
         flat = input.contiguous().view(p.N, p.M, p.I)
-        per_group, none = len(weights) // groups, input.new_empty(0)
+        none, members = input.new_empty(0), max(p.stacked, 1)
+        per_group = len(weights) * members // groups
         dweights = []
-        for i, want in enumerate(wanted[3:]):
-            d, kind = divmod(i, per_group)
-            if not want:
-                dweights.append(input.new_empty(0))
-            elif kind == 0:
-                dweights.append(run.dweight_ih(d, flat, want))
-            elif kind == 1:
-                dweights.append(run.dweight_hh(d, want))
-            elif p.has_bias and kind < 4:
-                dweights.append(run.dbias(d, kind == 3, want))
-            else:
-                dweights.append(run.dweight_hr(d, want))
+        for i, parts in enumerate(wanted[3:]):
+            entry, kind = divmod(i, per_group)
+            own = range(entry * members, (entry + 1) * members)
+            found = [run.dweight(d, kind, flat, parts) for d in own] if parts else [none.clone()]
+            whole = torch.stack(found, int(parts > 1)) if p.stacked and parts else found[0]
+            dweights.append(whole)
         dinput = run.dinput().view(input.shape) if wanted[0] else none
         dh0 = run.dh.to(p.dtype) if wanted[1] else input.new_empty(0)
         dc0 = run.dc.to(p.dtype) if wanted[2] else input.new_empty(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ops_groups import agree, changed, problem
+from test_ops_groups import agree, changed, problem, refused_stacks, stacked, wanted_of
 
 import fastrnn
 
@@ -28,3 +28,11 @@ def test_wrong_inputs_are_refused(device: str, width: int) -> None:
     wrong = changed(call, input=torch.randn(2, 4, width))
     with pytest.raises(RuntimeError, match=r"weight_ih must have shape|does not divide"):
         torch.ops.fastrnn_triton.layer(*wrong, True)
+
+
+def test_wrong_stacks_are_refused(device: str) -> None:
+    call = problem("gru", (2, 4, 2), (2, 4, 3, 5))
+    call = stacked(call, wanted_of(call, 1), 4)[0]
+    for weights, text in refused_stacks(call[2]):
+        with pytest.raises(RuntimeError, match=text):
+            torch.ops.fastrnn_triton.layer(*changed(call, weights=weights), False)
