@@ -37,7 +37,7 @@ ifneq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -q $(ARGS)
 else
 	@mkdir -p build
-	$(BIN)/python -m pytest -q $(KERNEL_TESTS) >$(KERNEL_REPORT) 2>&1 & kernels=$$!; \
+	$(BIN)/python -m pytest -q $(KERNEL_TESTS) >$(KERNEL_REPORT) 2>&1 & kernels=$$!; trap 'kill $$kernels' INT TERM; \
 	$(BIN)/python -m pytest -q $(KERNEL_TESTS:%=--ignore=%); others=$$?; \
 	wait $$kernels; kernels=$$?; cat $(KERNEL_REPORT); exit $$((kernels | others))
 endif

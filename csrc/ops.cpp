@@ -134,7 +134,7 @@ class WeightGradients {
         first_(h0 ? *h0 : device.zeros(problem.state(problem.shape.P), problem.dtype)),
         between_(between) {}
 
-  // Those of the list, each in the layout of its weight; where parts > 1, one for each of so many equal parts of the
+  // Those of the list, each in the layout of its weight; where parts > 1 one for each of so many equal parts of the
   // batch [parts, ...]; [0] for 0 parts.
   std::vector<Tensor> all(const int64_t* parts) const {
     const int64_t members = p.weights.members(), per_group = static_cast<int64_t>(p.weights.per_group);
@@ -203,8 +203,8 @@ class WeightGradients {
   void add(const Rows& target, int64_t d, int64_t kind, const Some& rows, int64_t members, bool add) const {
     if (kind == 0) {  // dW_ih [G * H, I] = sum over time of dx_t input_t^T
       outer_product(target, G * s.H, p.I, dgates(d), Rows::of_input(input_, d, p.M, p.I), rows, s.N, add);
-    } else if (kind ==
-               1) {  // dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T, dr: `drecurrent` for the last R gates
+    } else if (kind == 1) {
+      // dW_hh [G * H, P] = sum over time of dr_t h_{t-1}^T, where dr is `drecurrent` for the last R gates
       const int64_t own = R * s.H, shared = G * s.H - own;
       add_recurrent(target, d, shared, dgates(d), rows, add);
       if (own > 0) add_recurrent(target.from(shared), d, own, drecurrent(d), rows, add);
@@ -280,10 +280,11 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
   check(input, "the input", sizes_of(input), p.dtype, device->place());
   STD_TORCH_CHECK(wanted.size() == list.size() + 3, "fastrnn: wanted must hold ", list.size() + 3, " flags, got ",
                   wanted.size());
-  for (const int64_t parts : wanted)
-    STD_TORCH_CHECK(parts == 0 || parts == 1 || (parts > 1 && !batch_sizes && s.B % parts == 0),
-                    "fastrnn: wanted must hold 0, 1 or a number of parts of the batch of ", s.B,
-                    " rows of dense data, got ", parts);
+  for (size_t i = 0; i < wanted.size(); ++i)
+    STD_TORCH_CHECK(
+        wanted[i] == 0 || wanted[i] == 1 || (i >= 3 && wanted[i] > 1 && !batch_sizes && s.B % wanted[i] == 0),
+        "fastrnn: wanted must hold 0, 1 or, of a weight, a number of parts of the batch of ", s.B,
+        " rows of dense data, got ", wanted[i]);
   STD_TORCH_CHECK(has_c || (!c0 && !dc_n && !wanted[2]), "fastrnn: ", cell, " has no cell state");
 
   ScanBackwardArgs a;
@@ -323,18 +324,16 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
 // [G * H, I], weight_hh [G * H, P], with biases bias_ih and bias_hh [G * H], with a projection weight_hr [P, H], for
 // each group, or each of them [S, ...] for S groups at a time; output [T, B, D * P] or [N, D * P]; cells [D, N, H] and
 // saved [D, N, A * H] for backward. wanted: whether the gradient of the input, of h0, of c0 and of each weight is asked
-// for; of a weight n > 1 asks for n gradients [n,
-// ...], one for each of n equal parts of the batch of dense data. Empty tensors [0] stand for what a cell does not have
-// or what was not asked for.
+// for; of a weight n > 1 asks for n gradients [n, ...], one for each of n equal parts of the batch of dense data. Empty
+// tensors [0] stand for what a cell does not have or what was not asked for.
 FASTRNN_DEFINE(FASTRNN_LIBRARY, m) {
   m.def(
       "layer(str cell, Tensor input, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int groups, "
       "int direction, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)");
   m.def(
-      "layer_backward(str cell, Tensor? doutput, Tensor? dh_n, Tensor? dc_n, Tensor input, Tensor output, Tensor "
-      "cells, "
-      "Tensor saved, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int groups, int direction, "
-      "int[] wanted) -> (Tensor dinput, Tensor[] dweights, Tensor dh0, Tensor dc0)");
+      "layer_backward(str cell, Tensor? doutput, Tensor? dh_n, Tensor? dc_n, Tensor input, Tensor output, "
+      "Tensor cells, Tensor saved, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int groups, "
+      "int direction, int[] wanted) -> (Tensor dinput, Tensor[] dweights, Tensor dh0, Tensor dc0)");
 }
 
 FASTRNN_IMPLEMENT(FASTRNN_LIBRARY, CPU, m) {

@@ -62,11 +62,12 @@ struct Weights {
  private:
   void take(size_t& next, const char* name, Sizes sizes, ScalarType dtype, const Place& place,
             std::vector<const void*>& arrays) {
-    int64_t bytes = item_size(dtype);
-    for (const int64_t size : sizes) bytes *= size;
+    const Sizes own = sizes;
     if (stacked > 0) sizes.insert(sizes.begin(), stacked);
     const Tensor& t = tensors_[next++];
     check(t, name, sizes, dtype, place);
+    int64_t bytes = item_size(dtype);
+    for (const int64_t size : own) bytes *= size;
     for (int64_t i = 0; i < members(); ++i)
       arrays.push_back(static_cast<const char*>(t.const_data_ptr()) + static_cast<size_t>(i * bytes));
   }
@@ -74,7 +75,8 @@ struct Weights {
   std::vector<Tensor> tensors_;
 };
 
-// What both operators learn from their arguments. Owns the row offsets and batch sizes that `shape` points to.
+// What both operators learn from their arguments. Owns the row offsets that `shape` points to; the batch sizes are the
+// caller's.
 struct Problem {
   ScanShape shape;
   CellInfo cell;
@@ -130,6 +132,7 @@ struct Problem {
   }
 
   void take_dense(int64_t T, int64_t B) {
+    STD_TORCH_CHECK(B == 0 || T <= INT64_MAX / B, "fastrnn: ", T, " steps of ", B, " rows are too many");
     leading = {T, B};
     shape.T = T, shape.B = B, shape.N = T * B;
     shape.batch_sizes = shape.offsets = nullptr;

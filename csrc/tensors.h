@@ -105,28 +105,33 @@ struct Array {
   Array(const Tensor& t) : data(const_cast<void*>(t.const_data_ptr())), dtype(t.scalar_type()) {}
 };
 
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-inline OptionalTensor as_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(as_contiguous(*t)) : t; }
-
 inline int64_t storage_bytes(const Tensor& t) {
   int64_t bytes = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   return bytes;
 }
 
-// Whether the storage of a contiguous tensor holds its elements: it can be cut short behind the tensor's back
-// (storage.resize_, as FSDP frees parameters).
+// Whether the storage of a tensor holds its elements: it can be cut short behind the tensor's back (storage.resize_, as
+// FSDP frees parameters).
 inline bool storage_suffices(const Tensor& t) {
   if (t.numel() == 0) return true;
-  int64_t offset = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
-  return (offset + t.numel()) * item_size(t.scalar_type()) <= storage_bytes(t);
+  int64_t last = 0;  // element
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &last));
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return (last + 1) * item_size(t.scalar_type()) <= storage_bytes(t);
 }
 
 inline void check_storage(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(storage_suffices(t), "fastrnn: the storage of ", name, " holds ", storage_bytes(t),
                   " bytes, fewer than its ", t.numel(), " elements");
 }
+
+inline Tensor as_contiguous(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  check_storage(t, "an argument");
+  return torch::stable::contiguous(t);
+}
+inline OptionalTensor as_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(as_contiguous(*t)) : t; }
 
 // A tensor of these sizes and dtype in this place, contiguous.
 inline void check(const Tensor& t, const char* name, const Sizes& sizes, ScalarType dtype, const Place& place = {}) {

@@ -99,8 +99,8 @@ def set_backend(name: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Ask for a backend inside a ``with`` block, in this thread only.
 
-    The backward pass runs on the backend of its forward pass; one that is itself differentiated
-    (``create_graph=True``) runs in plain PyTorch. Raises as :func:`set_backend` does.
+    The backward pass runs on the backend of its forward pass, its own derivative
+    (``create_graph=True``) in plain PyTorch. Raises as :func:`set_backend` does.
 
     Example::
 

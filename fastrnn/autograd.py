@@ -103,7 +103,9 @@ def layer_of(
         results = run(
             cell, input, list(weights), h0, c0, batch_sizes, groups, direction, False
         )[:3]
-    return _batch_first(results) if batch_first else results
+        if batch_first:
+            results[0].transpose_(0, 1)  # in place: no view, as torch.nn's
+    return results
 
 
 class Layer(Function):

@@ -221,8 +221,12 @@ def packed_batches(spec: LayerSpec, input: PackedSequence) -> None:
     if sizes.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if torch.compiler.is_compiling():  # values are not there yet; the operators check them
+        there, back = input.sorted_indices, input.unsorted_indices
+        if there is not None and back is not None and there.shape != back.shape:
+            raise RuntimeError(f"{spec.name}: sorted_indices and unsorted_indices differ in shape")
         return
-    if torch._C._functorch.is_batchedtensor(sizes):
+    under_transform = torch._C._are_functorch_transforms_active()
+    if under_transform and torch._C._functorch.is_batchedtensor(sizes):
         raise RuntimeError(f"{spec.name}: vmap over batch_sizes of packed data is not possible")
     counts = sizes.tolist()
     if counts[-1] <= 0 or counts != sorted(counts, reverse=True):

@@ -34,6 +34,8 @@ def gradients(
     n > 1 asks for those of a weight by n parts of the batch, as of the operator."""
     parts = max(wanted)
     if parts > 1:
+        if set(wanted[3:]) - {0, parts}:
+            raise RuntimeError(f"fastrnn: one number of parts for all weights, got {wanted[3:]}")
         return _gradients_of_parts(call, grads, leaves, wanted, parts)
     asked = [t if want else None for t, want in zip(leaves, wanted, strict=True)]
 
@@ -105,8 +107,7 @@ def _pulled(
     own = [t for t in asked if t is not None]
     if not torch.is_grad_enabled():  # or torch.func would record what nobody differentiates
         own = [t.detach() for t in own]
-    found: Iterator[Tensor] = iter(())
-    if own and cotangents:
-        pull = torch.func.vjp(run, *own)[1]
-        found = iter(pull(tuple(cotangents)))
-    return [None if t is None else next(found, None) for t in asked]
+    if not own or not cotangents:
+        return [None] * len(asked)
+    found: Iterator[Tensor] = iter(torch.func.vjp(run, *own)[1](tuple(cotangents)))
+    return [None if t is None else next(found) for t in asked]

@@ -191,4 +191,4 @@ def cast(
     return data.to(dtype), [w.to(dtype) for w in weights], h0, c0
 
 
-__all__ = ["cast", "run"]
+__all__ = ["autocast_dtype", "autocast_promoted", "cast", "run"]

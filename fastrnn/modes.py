@@ -28,9 +28,13 @@ def is_mapped_by_autograd(tensors: Sequence[Tensor | None]) -> bool:
 
 def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
     """Whether forward-mode derivatives are asked for, by torch.func or without it."""
-    return is_under("Jvp") or (
-        forward_ad._current_level >= 0
-        and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    if is_under("Jvp"):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    # A transform hides the tangents of what it wraps.
+    return torch._C._are_functorch_transforms_active() or any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
 
 

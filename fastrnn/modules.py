@@ -30,7 +30,7 @@ class Layer(nn.RNNBase):
 
     def _direct(self, input: Any, hx: Any) -> Any:
         """The sequence without the general path's work; None where that has to run."""
-        # Compiling: torch.compile leaves the graph further down, in autograd.py.
+        # Compiling: the operator becomes a node of the graph, in autograd.py.
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.bidirectional:
             return None
         if type(input) is not Tensor or input.dim() != 3:

@@ -204,12 +204,13 @@ def _check_layer(
 ) -> None:  # fmt: skip
     if batch_sizes is not None:
         raise NotInOnnxError(_PACKED)
-    if len(weights) // groups % 2:
-        raise NotInOnnxError(_PROJECTION)
     assert input.shape is not None
     assert weights[0].shape is not None
-    features, width = input.shape[-1], weights[0].shape[1]
-    if features != width or groups > 2 or (groups == 2 and direction != 2):
+    stacked = len(weights[0].shape) != 2
+    if not stacked and len(weights) // groups % 2:
+        raise NotInOnnxError(_PROJECTION)
+    features, width = input.shape[-1], weights[0].shape[-1]
+    if stacked or features != width or groups > 2 or (groups == 2 and direction != 2):
         raise NotInOnnxError(
             "an ensemble has no ONNX form: the recurrent nodes of ONNX run one layer, forward, in "
             f"reverse or both; got {groups} groups of weights with {width} columns, direction "

@@ -65,8 +65,8 @@ def _register_derivative(
     kernel = make_autograd_impl(op, Info(backward, keep))
 
     def run(keyset: Any, *arguments: Any, **named: Any) -> Any:
-        tensors = [t for t in pytree.tree_leaves((arguments, named)) if isinstance(t, Tensor)]
-        if modes.has_tangents(tensors):
+        given = pytree.tree_leaves((arguments, named)) if modes.may_have_tangents() else ()
+        if modes.has_tangents([t for t in given if isinstance(t, Tensor)]):
             raise RuntimeError(
                 f"{op} has no forward-mode derivative: call the layer itself, not a compiled, "
                 "exported or traced one"

@@ -176,4 +176,4 @@ def layer_gradients(
     return [g if want else None for g, want in zip(found, wanted, strict=True)]
 
 
-__all__ = ["Layer", "LayerBackward", "layer_gradients"]
+__all__ = ["Layer", "LayerBackward", "layer", "layer_gradients"]

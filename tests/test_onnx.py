@@ -281,6 +281,8 @@ def test_what_onnx_cannot_say_is_refused() -> None:
         (fastrnn.LSTM(SIZE, H), (pack_padded_sequence(x, torch.tensor([5, 3])),), "PackedSequence"),
         (Packing(), (x,), "PackedSequence"),
         (Layer("gru", weights(2), 2, 0, False), (x,), "ensemble"),
+        (Layer("gru", [w[None] for w in weights(1)], 1, 0, False), (x,), "ensemble"),
+        (Layer("gru", [torch.stack([w] * 3) for w in weights(1)], 3, 0, False), (x,), "ensemble"),
     ):
         with pytest.raises(NotInOnnxError, match=reason):
             quiet(model.eval(), args)

@@ -218,6 +218,23 @@ def test_storage_cut_short_is_refused(name: str) -> None:
         torch.ops.fastrnn.layer_backward("gru", *given, [1, 1, 0, 1, 1, 1, 1])
 
 
+@pytest.mark.parametrize("which", ["input", "weight_hh", "h0"])
+def test_storage_cut_short_of_a_strided_tensor_is_refused(which: str) -> None:
+    arguments = detached(problem("gru", (3, 2, 8, 0), 0, False, torch.float32))
+    place = {"weight_hh": ("weights", 1)}.get(which)
+    tensor = arguments["weights"][1] if place else arguments[which]
+    strided = tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert not strided.is_contiguous()
+    if place:
+        arguments["weights"] = [arguments["weights"][0], strided, *arguments["weights"][2:]]
+    else:
+        arguments[which] = strided
+    torch.ops.fastrnn.layer(**arguments, save=True)
+    strided.untyped_storage().resize_(8)
+    with pytest.raises(RuntimeError, match=r"storage of .* holds 8 bytes"):
+        torch.ops.fastrnn.layer(**arguments, save=True)
+
+
 @pytest.mark.parametrize(
     ("cell", "I", "H", "B", "T"),
     [("LSTM", 16, 8, 16, 4000), ("LSTM", 4, 4, 256, 100), ("GRU", 16, 8, 16, 1000)],

@@ -27,6 +27,15 @@ def test_results_are_no_views(isa: str) -> None:
         assert not result._is_view()
 
 
+@needs_native
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=str)
+def test_outputs_of_batch_first_are_no_views(options: dict[str, Any], grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        output = fastrnn.RNN(4, 5, batch_first=True, **options)(torch.randn(3, 2, 4))[0]
+    assert not output._is_view()
+
+
 @pytest.mark.parametrize("name", ["input_size", "hidden_size", "num_layers", "bias"])
 @torch.no_grad()
 def test_changed_attributes_are_seen(engine: str, name: str) -> None:

@@ -233,6 +233,10 @@ def test_forward_mode(cell: str, case: Case) -> None:
         result = forward_ad.unpack_dual(at(forward_ad.make_dual(given[1], tangent))).tangent
         assert result is not None
         is_close(result, first)
+        twice = forward_ad.make_dual(inputs, torch.stack([tangent, 2 * tangent]))
+        mapped = forward_ad.unpack_dual(vmap(at)(twice)).tangent
+        assert mapped is not None
+        is_close(mapped, torch.stack([first, 2 * first]))
 
 
 def test_forward_mode_says_once_that_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,11 +191,11 @@ class Problem:
             len(wanted) == count + 3, f"wanted must hold {count + 3} flags, got {len(wanted)}"
         )
         _expect(self.info.has_c or not wanted[2], f"{self.cell} has no cell state")
-        for parts in wanted:
+        for i, n in enumerate(wanted):
             _expect(
-                parts in (0, 1) or (parts > 1 and not self.packed and self.B % parts == 0),
-                f"wanted must hold 0, 1 or a number of parts of the batch of {self.B} rows of "
-                f"dense data, got {parts}",
+                n in (0, 1) or (i > 2 and n > 1 and not self.packed and self.B % n == 0),
+                "wanted must hold 0, 1 or, of a weight, a number of parts of the batch of "
+                f"{self.B} rows of dense data, got {n}",
             )
 
     def state(self, tensor: Tensor | None, name: str, width: int, dtype: torch.dtype) -> Tensor:
