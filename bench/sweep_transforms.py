@@ -91,7 +91,9 @@ def ensemble(layers: Layers) -> Calls:
 
 def ensemble_training(layers: Layers) -> Calls:
     def loop(found: list[nn.Module]) -> Call:
-        weights = [p for m in found for p in m.parameters()]
+        # of all members one kind after the other, as they lie when they are stacked
+        by_kind = zip(*(m.parameters() for m in found), strict=True)
+        weights = [p for own in by_kind for p in own]
 
         def run() -> list[Tensor]:
             loss = sum(m(layers.input)[0].square().sum() for m in found)
@@ -176,9 +178,9 @@ def measure(cell: str, kind: str, quick: bool) -> Row:
 
 
 def of_all(results: Any) -> dict[str, Tensor]:
-    """The tensors of a call as one vector; gradients of an ensemble by member or by weight."""
+    """The tensors of a call as one vector."""
     parts = [t.detach() for t in results]
-    return {"results": torch.cat([t.flatten() for t in parts]).sort().values}
+    return {"results": torch.cat([t.flatten() for t in parts])}
 
 
 def gain(row: Row, name: str) -> float:
