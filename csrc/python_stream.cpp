@@ -1,5 +1,5 @@
-// What a call without gradients asks of Python before its operator runs, in C++: fastrnn/stream.py, which falls back to
-// itself wherever this answers None.
+// What a call asks of Python before and after its kernels, in C++: fastrnn/stream.py, which falls back to itself
+// wherever this answers None.
 #include "python_stream.h"
 
 #include <pybind11/stl.h>
@@ -69,45 +69,63 @@ class PlainCalls {
 class DirectCall {
  public:
   DirectCall(const PlainCalls& plain, const PythonTensors& tensors, py::dict description,
-             std::vector<std::pair<bool, py::object>> weights, const StepKind& kind)
-      : plain_(plain), tensors_(tensors), names_(std::move(weights)), kind_(kind), has_c_(kind.has_c()) {
+             std::vector<std::pair<bool, py::object>> weights, const StepKind& kind, py::object record)
+      : plain_(plain),
+        tensors_(tensors),
+        names_(std::move(weights)),
+        kind_(kind),
+        has_c_(kind.has_c()),
+        record_(std::move(record)),
+        cell_name_(kCells[static_cast<int>(kind.cell)].name) {
     for (const auto& [name, value] : description)
       description_.emplace_back(py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(value));
   }
 
-  // Output and new state of input [B, I], [I] or [T, B, I]; None where the general path has to run, or to say what is
-  // wrong. attributes: the module's.
-  py::object call(const py::dict& attributes, const py::handle& input, const py::handle& state,
-                  const py::handle& out) const {
-    if (aoti_torch_grad_mode_is_enabled() || !tensors_.is_tensor(input) || !plain_.holds() || !is_current(attributes) ||
-        drops_out(attributes))
+  // Output and new state of input [B, I], [I] or [T, B, I], the output [B, T, P] if so asked; None where the general
+  // path has to run, or to say what is wrong. attributes: the module's.
+  py::object call(const py::dict& attributes, const py::handle& input, const py::handle& state, const py::handle& out,
+                  bool batch_first) const {
+    if (!tensors_.is_tensor(input) || !plain_.holds() || !is_current(attributes) || drops_out(attributes))
       return py::none();
     Borrowed borrowed;
+    Operands of;
     py::object x = borrow(input), h = borrow(state), c = none_, h_n = borrow(out), c_n = none_;
     if (has_c_ && !(take_pair(state, h, c) && take_pair(out, h_n, c_n))) return py::none();
-    Operands of;
+    if (!find_weights(attributes, borrowed)) return py::none();
+    const py::tuple leaves = leaves_of(x, h, c, borrowed.kept);
+    const bool is_recorded = aoti_torch_grad_mode_is_enabled() && any_requires_grad(leaves);
     TensorView h_out, c_out;
-    if (!find_weights(attributes, borrowed) || !find_input(x, of.x)) return py::none();
+    if (!find_input(x, of.x) || (is_recorded && !may_record(of.x, out))) return py::none();
     const Shape h_shape = state_shape(of.x.shape, kind_.P), c_shape = state_shape(of.x.shape, kind_.H);
     if (!find_state(h, h_shape, of.h) || !find_state(c, c_shape, of.c) || !find_out(h_n, h_out) ||
         !find_out(c_n, c_out))
       return py::none();
     StepCall steps;
     if (!steps.take(kind_, borrowed.weights, of.x, of.h, of.c)) return py::none();
-    py::object new_state = borrow(out);
     if (!out.is_none()) {
       if (!steps.may_write(h_out, c_out)) return py::none();
     } else {
-      new_state = make(h, of.h, x, h_shape, steps.dtype(), h_out);
-      if (has_c_) new_state = pair(new_state, make(c, of.c, x, c_shape, steps.dtype(), c_out));
+      h_n = make(h, of.h, x, h_shape, steps.dtype(), h_out);
+      if (has_c_) c_n = make(c, of.c, x, c_shape, steps.dtype(), c_out);
     }
-    TensorView y;
-    const py::object output = make(x, of.x, x, steps.output_shape(), steps.dtype(), y);
+    TensorView y, cells, saved;
+    py::object output = make(x, of.x, x, steps.output_shape(), steps.dtype(), y), all_cells, all_saved;
+    if (is_recorded) {
+      all_cells = tensors_.make(x, of.x.dtype, steps.cells_shape(), steps.cells_dtype(), cells);
+      all_saved = tensors_.make(x, of.x.dtype, steps.saved_shape(), steps.dtype(), saved);
+    }
     {
       const py::gil_scoped_release release;
-      steps.run(y, h_out, c_out);
+      steps.run(y, h_out, c_out, cells, saved);
     }
-    return pair(output, new_state);
+    if (is_recorded) {
+      const py::tuple results =
+          record_(cell_name_, batch_first, py::make_tuple(output, h_n, c_n, all_cells, all_saved), leaves);
+      output = results[0], h_n = results[1], c_n = results[2];
+    } else if (batch_first) {
+      output = output.attr(transpose_name_)(0, 1);  // in place: no view, as torch.nn's
+    }
+    return pair(output, out.is_none() ? has_c_ ? pair(h_n, c_n) : h_n : borrow(out));
   }
 
  private:
@@ -123,6 +141,26 @@ class DirectCall {
   };
 
   static py::object borrow(const py::handle& object) { return py::reinterpret_borrow<py::object>(object); }
+
+  // Whether the gradients of a call can be those of one call of the operator.
+  bool may_record(const TensorView& input, const py::handle& out) const {
+    return kind_.L == 1 && !kind_.quantized && input.shape.dim == 3 && out.is_none();
+  }
+
+  // (input, h0, c0, *weights), in the order of autograd.py.
+  static py::tuple leaves_of(const py::object& x, const py::object& h, const py::object& c,
+                             const std::vector<py::object>& weights) {
+    py::tuple leaves(3 + weights.size());
+    leaves[0] = x, leaves[1] = h, leaves[2] = c;
+    for (size_t i = 0; i < weights.size(); ++i) leaves[3 + i] = weights[i];
+    return leaves;
+  }
+
+  bool any_requires_grad(const py::tuple& leaves) const {
+    for (const py::handle leaf : leaves)
+      if (!leaf.is_none() && is_true(leaf.attr(requires_grad_name_))) return true;
+    return false;
+  }
 
   // [L, B, width], or [L, width] beside input [I].
   Shape state_shape(const Shape& input, int64_t width) const {
@@ -159,7 +197,7 @@ class DirectCall {
   py::object make(const py::handle& like, const TensorView& view, const py::handle& input, const Shape& shape,
                   ScalarType dtype, TensorView& made) const {
     if (view.data && view.shape == shape && view.dtype == dtype) return tensors_.make_like(like, view, made);
-    return tensors_.make(input, shape, dtype, made);
+    return tensors_.make(input, dtype, shape, dtype, made);
   }
 
   // Whether the module's attributes are what they were.
@@ -220,9 +258,11 @@ class DirectCall {
   const std::vector<std::pair<bool, py::object>> names_;  // of the weights, and whether each is a parameter
   const StepKind kind_;
   const bool has_c_;
+  const py::object record_;  // autograd.record
+  const py::str cell_name_;
   const py::none none_;
   const py::str parameters_name_{"_parameters"}, buffers_name_{"_buffers"}, dropout_name_{"dropout"},
-      training_name_{"training"};
+      training_name_{"training"}, requires_grad_name_{"requires_grad"}, transpose_name_{"transpose_"};
 };
 
 }  // namespace
@@ -240,7 +280,7 @@ void bind_stream(py::module_& m) {
            py::arg("quantized"));
   py::class_<DirectCall>(m, "DirectCall")
       .def(py::init<const PlainCalls&, const PythonTensors&, py::dict, std::vector<std::pair<bool, py::object>>,
-                    const StepKind&>(),
+                    const StepKind&, py::object>(),
            py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
       .def("call", &DirectCall::call)
       // Copies and pickles of a module do without: None.

@@ -22,7 +22,9 @@ class PythonTensors {
         is_neg_(tensor_.attr("is_neg")),
         contiguous_(tensor_.attr("contiguous")),
         new_empty_(tensor_.attr("new_empty")),
-        empty_like_(py::module_::import("torch").attr("empty_like")) {
+        empty_like_(py::module_::import("torch").attr("empty_like")),
+        float32_(py::module_::import("torch").attr("float32")),
+        dtype_name_(py::make_tuple("dtype")) {
     check_addresses(py::module_::import("torch").attr("empty")(3, 5));
   }
 
@@ -69,12 +71,17 @@ class PythonTensors {
   py::object make_like(const py::handle& other, const TensorView& view, TensorView& made) const {
     return prepared(call(empty_like_, other), view.shape, view.dtype, made);
   }
-  // A new contiguous tensor of another shape.
-  py::object make(const py::handle& other, const Shape& shape, ScalarType dtype, TensorView& made) const {
+  // A new contiguous tensor of another shape, and of the dtype of `other` or float32.
+  py::object make(const py::handle& other, ScalarType dtype_of_other, const Shape& shape, ScalarType dtype,
+                  TensorView& made) const {
     py::tuple sizes(static_cast<size_t>(shape.dim));
     for (int64_t i = 0; i < shape.dim; ++i) sizes[static_cast<size_t>(i)] = py::int_(shape.sizes[i]);
-    PyObject* const arguments[] = {other.ptr(), sizes.ptr()};
-    return prepared(checked(PyObject_Vectorcall(new_empty_.ptr(), arguments, 2, nullptr)), shape, dtype, made);
+    PyObject* const arguments[] = {other.ptr(), sizes.ptr(), float32_.ptr()};
+    if (dtype == dtype_of_other)
+      return prepared(checked(PyObject_Vectorcall(new_empty_.ptr(), arguments, 2, nullptr)), shape, dtype, made);
+    if (dtype != ScalarType::Float) throw std::logic_error("fastrnn: new tensors are as another one, or float32");
+    return prepared(checked(PyObject_Vectorcall(new_empty_.ptr(), arguments, 2, dtype_name_.ptr())), shape, dtype,
+                    made);
   }
 
  private:
@@ -122,7 +129,8 @@ class PythonTensors {
   }
 
   const py::type tensor_, parameter_;
-  const py::object is_neg_, contiguous_, new_empty_, empty_like_;
+  const py::object is_neg_, contiguous_, new_empty_, empty_like_, float32_;
+  const py::tuple dtype_name_;
   const py::str cdata_{"_cdata"};
 };
 

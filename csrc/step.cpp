@@ -95,7 +95,8 @@ Shape StepCall::output_shape() const {
   return shape;
 }
 
-void StepCall::run(const TensorView& output, const TensorView& h_n, const TensorView& c_n) const {
+void StepCall::run(const TensorView& output, const TensorView& h_n, const TensorView& c_n, const TensorView& cells,
+                   const TensorView& saved) const {
   PassScratch<0> scratch;
   PassScratch<1> odd_output;
   PassScratch<2> even_output;
@@ -103,7 +104,7 @@ void StepCall::run(const TensorView& output, const TensorView& h_n, const Tensor
   static_cast<ScanShape&>(a) = shape_;
   const size_t item = static_cast<size_t>(item_size(dtype_));
   const size_t h_bytes = static_cast<size_t>(a.B * a.P) * item, c_bytes = static_cast<size_t>(a.B * a.H) * item;
-  a.input = input_.data;
+  a.input = input_.data, a.cells = cells.data, a.saved = saved.data;
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
     a.I = layer.I;

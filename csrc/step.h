@@ -1,5 +1,5 @@
 // A unidirectional net on the CPU with as little around its kernels as there can be: what `module.step` calls once per
-// step of a stream, and `forward` without gradients.
+// step of a stream, and `forward` without gradients, or with them of one layer.
 //
 // Computes   per layer  h', c' = cell(W_ih x + b_ih, W_hh h + b_hh), x of the next layer = h'
 // Memory     weights read where they lie (no copy, so none can be out of date) and kept no longer than the call;
@@ -55,9 +55,15 @@ class StepCall {
   // Whether the new state may be written here: h_n where h lies, c_n where c lies, or apart from everything else.
   bool may_write(const TensorView& h_n, const TensorView& c_n) const;
 
-  void run(const TensorView& output, const TensorView& h_n, const TensorView& c_n) const;
+  // `cells` and `saved`: for backward, of a net of one layer; or no tensors.
+  void run(const TensorView& output, const TensorView& h_n, const TensorView& c_n, const TensorView& cells = {},
+           const TensorView& saved = {}) const;
 
   Shape output_shape() const;
+  // Of what backward needs of a net of one layer: c of every step, none without c; and what the cell saves.
+  Shape cells_shape() const { return saved_shape(cell().has_c, 1); }
+  Shape saved_shape() const { return saved_shape(true, cell().saved); }
+  ScalarType cells_dtype() const { return compute_dtype(dtype_); }
   Shape h_shape() const { return state_shape(shape_.P); }
   Shape c_shape() const { return state_shape(shape_.H); }
   ScalarType dtype() const { return dtype_; }
@@ -73,6 +79,10 @@ class StepCall {
   bool take_weights(const StepKind& kind, const std::vector<TensorView>& weights);
   bool is_state(const TensorView& h, const TensorView& c) const;
   Shape state_shape(int64_t width) const;
+  Shape saved_shape(bool is_there, int64_t arrays) const {
+    return is_there ? Shape{3, {1, shape_.N, arrays * shape_.H}} : Shape{1, {0}};
+  }
+  const CellInfo& cell() const { return kCells[static_cast<int>(shape_.cell)]; }
 
   ScanShape shape_{};
   ScalarType dtype_ = ScalarType::Float;

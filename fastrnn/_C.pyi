@@ -41,8 +41,8 @@ class StepKind:
 class DirectCall:
     def __init__(
         self, plain: PlainCalls, tensors: PythonTensors, description: dict[str, Any],
-        weights: list[tuple[bool, str]], kind: StepKind,
+        weights: list[tuple[bool, str]], kind: StepKind, record: Callable[..., Any],
     ) -> None: ...  # fmt: skip
     def call(
-        self, attributes: dict[str, Any], input: Any, state: Any, out: Any
+        self, attributes: dict[str, Any], input: Any, state: Any, out: Any, batch_first: bool
     ) -> tuple[Tensor, Any] | None: ...

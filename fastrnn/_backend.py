@@ -219,8 +219,14 @@ def is_plain_native() -> bool:
 
 
 def is_plain_native_on(*tensors: object) -> bool:
-    """The same of a call on these tensors, the data first; not for what is no tensor."""
-    if torch.compiler.is_compiling() or not is_plain_native():
+    """The same of a call on these tensors, the data first, which may be mapped and differentiated
+    by torch.func; not for what is no tensor."""
+    if torch.compiler.is_compiling() or _ops.native_error is not None:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        if not (transformed_calls.hold() and modes.only_maps_and_differentiates()):
+            return False
+    elif not plain_calls.hold():
         return False
     try:
         on_cpu = all(map(_IS_CPU, tensors))
@@ -232,11 +238,11 @@ def is_plain_native_on(*tensors: object) -> bool:
 _IS_CPU = operator.attrgetter("is_cpu")
 
 
-def _plain_calls() -> Any:
+def _plain_calls(*more: tuple[Callable[[], Any], Any]) -> Any:
     """What ``is_plain_native`` asks, see csrc/python_stream.cpp."""
     conditions = [
+        *more,
         (torch._C._is_any_autocast_enabled, False),
-        (torch._C._are_functorch_transforms_active, False),
         (torch._C._get_tracing_state, None),
         (torch._C._len_torch_dispatch_stack, 0),
         (torch._C._len_torch_function_stack, 0),
@@ -318,7 +324,8 @@ def _frames_to_user() -> int:
 
 
 if _ops.native_error is None:
-    plain_calls = _plain_calls()
+    plain_calls = _plain_calls((torch._C._are_functorch_transforms_active, False))
+    transformed_calls = _plain_calls()
 
 
 # Environment variables that ask for what is not there, and why it is not: this stops the import,

@@ -93,71 +93,80 @@ def layer_of(
             layer_of, backend, cell, input, weights, h0, c0, batch_sizes, groups, direction
         )
         return _batch_first(results) if batch_first else results
-    if _wants_gradients(input, h0, c0, *weights):
-        results = Layer.apply(
-            backend, cell, batch_sizes, groups, direction, batch_first, input, h0, c0, *weights
-        )
-        return results
-    run = _ops.operators(backend).layer
+    save = _wants_gradients(input, h0, c0, *weights)
     with torch._C._AutoDispatchBelowAutograd():
-        results = run(
-            cell, input, list(weights), h0, c0, batch_sizes, groups, direction, False
-        )[:3]
-        if batch_first:
-            results[0].transpose_(0, 1)  # in place: no view, as torch.nn's
+        results = _ops.operators(backend).layer(
+            cell, input, list(weights), h0, c0, batch_sizes, groups, direction, save
+        )
+        if not save:
+            if batch_first:
+                results[0].transpose_(0, 1)  # in place: no view, as torch.nn's
+            return results[:3]
+    how = (backend, cell, groups, direction, batch_first)
+    results = Layer.apply(how, batch_sizes, results, input, h0, c0, *weights)
     return results
 
 
+def record(
+    cell: str, batch_first: bool, results: tuple[Any, ...], leaves: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Records results of the operator for one native group over a dense batch, which
+    csrc/python_stream.cpp computed. The leaves are plain tensors: ``Function.apply`` looks for
+    others."""
+    recorded: tuple[Tensor, Tensor, Tensor | None] = _apply_to_plain(
+        ("native", cell, 1, 0, batch_first), None, results, *leaves
+    )
+    return recorded
+
+
 class Layer(Function):
-    """``layer`` on the kernels of a backend."""
+    """A call of a backend's operator that saved what backward needs, as part of a graph."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        backend, cell, batch_sizes, groups, direction, batch_first, *leaves = arguments
-        input, h0, c0, *weights = leaves
-        run = _ops.operators(backend).layer
-        with torch._C._AutoDispatchBelowAutograd():
-            output, h_n, c_n, cells, saved = run(
-                cell, input, weights, h0, c0, batch_sizes, groups, direction, True
-            )
+    def forward(
+        ctx: Any, how: tuple[Any, ...], batch_sizes: Tensor | None, results: tuple[Any, ...],
+        *leaves: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        output, h_n, c_n, cells, saved = results
         # The user may change the output in place, as torch.nn allows. `data` is an alias that is
         # saved without a check for that; whether it happened is what `changes` counts.
         ctx.save_for_backward(batch_sizes, output.data, cells, saved, *leaves)
-        if batch_first:
+        if how[-1]:
             output.transpose_(0, 1)  # in place: no view, as torch.nn's
-        ctx.changes = _version_counter(output)
-        ctx.version = ctx.changes._version
-        ctx.backend, ctx.cell, ctx.groups, ctx.direction = backend, cell, groups, direction
-        ctx.batch_first = batch_first
+        changes = _version_counter(output)
+        ctx.how, ctx.changes, ctx.version = how, changes, changes._version
         ctx.set_materialize_grads(False)
         return output, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[6:]
+        wanted = ctx.needs_input_grad[3:]
         if all(g is None for g in grads):
-            return (None,) * (6 + len(wanted))
-        if ctx.batch_first and grads[0] is not None:
+            return (None,) * (3 + len(wanted))
+        backend, cell, groups, direction, batch_first = ctx.how
+        if batch_first and grads[0] is not None:
             grads = (grads[0].transpose(0, 1), *grads[1:])
         batch_sizes, output, cells, saved, *leaves = ctx.saved_tensors
         input, h0, c0, *weights = leaves
-        call = (h0, c0, batch_sizes, ctx.groups, ctx.direction)
-        operators = _ops.operators(ctx.backend)
+        call = (h0, c0, batch_sizes, groups, direction)
+        operators = _ops.operators(backend)
         if ctx.changes._version != ctx.version:
-            output = operators.layer(ctx.cell, input, weights, *call, False)[0]
+            output = operators.layer(cell, input, weights, *call, False)[0]
         if _is_differentiated(grads):
             found = _differentiable_gradients(
-                ctx.backend, derivatives.Call(ctx.cell, *call[2:]), grads,
-                (output, cells, saved), leaves, wanted,
+                backend, derivatives.Call(cell, *call[2:]), grads, (output, cells, saved), leaves,
+                wanted,
             )  # fmt: skip
-            return (*(None,) * 6, *found)
+            return None, None, None, *found
         with torch._C._AutoDispatchBelowAutograd():
             dinput, dweights, dh0, dc0 = operators.layer_backward(
-                ctx.cell, *grads, input, output, cells, saved, weights, *call,
-                list(map(int, wanted)),
-            )  # fmt: skip
+                cell, *grads, input, output, cells, saved, weights, *call, list(map(int, wanted))
+            )
         results = zip((dinput, dh0, dc0, *dweights), wanted, strict=True)
-        return (*(None,) * 6, *(g if want else None for g, want in results))
+        return None, None, None, *(g if want else None for g, want in results)
+
+
+_apply_to_plain = super(Function, Layer).apply
 
 
 def step(

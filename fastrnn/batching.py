@@ -98,6 +98,8 @@ def _refuse(size: int, batch_sizes_dim: Dim) -> None:
 
 def _in_front(tensor: Tensor, dim: Dim, size: int) -> Tensor:
     """[S, ...]; expanded where all share it."""
+    if dim == 0:
+        return tensor
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
@@ -191,9 +193,9 @@ class _Groups:
         if _is_absent(tensor):
             return tensor, None
         width = tensor.shape[-1] // (count * self.size)
-        whole = tensor.unflatten(-1, (count, self.size, width))
         if count == 1:
-            return whole.squeeze(-3), whole.dim() - 3
+            return tensor.unflatten(-1, (self.size, width)), tensor.dim() - 1
+        whole = tensor.unflatten(-1, (count, self.size, width))
         return whole.movedim(-2, 0).flatten(-2), 0
 
     def join_inputs(self, input: Tensor, dim: Dim, own: bool = False) -> Tensor:

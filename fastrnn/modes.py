@@ -51,6 +51,13 @@ def is_under(transform: str) -> bool:
     return any(level.key() == kind for level in _functorch.get_interpreter_stack() or ())
 
 
+def only_maps_and_differentiates() -> bool:
+    """Whether nothing but vmap and reverse-mode derivatives of torch.func transform the call."""
+    kinds = (_functorch.TransformType.Vmap, _functorch.TransformType.Grad)
+    stack = _functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level < 0 and all(level.key() in kinds for level in stack)
+
+
 def is_traced() -> bool:
     """Whether torch.jit.trace records what is called."""
     return torch._C._get_tracing_state() is not None

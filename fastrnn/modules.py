@@ -31,15 +31,16 @@ class Layer(nn.RNNBase):
     def _direct(self, input: Any, hx: Any) -> Any:
         """The sequence without the general path's work; None where that has to run."""
         # Compiling: the operator becomes a node of the graph, in autograd.py.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.bidirectional:
+        if torch.compiler.is_compiling() or self.bidirectional:
             return None
         if type(input) is not Tensor or input.dim() != 3:
             return None
-        if not self.batch_first:
-            return stream.run(self, input, hx)
-        if (result := stream.run(self, input.transpose(0, 1), hx)) is None:
+        if self.num_layers > 1 and torch.is_grad_enabled():
             return None
-        return result[0].transpose_(0, 1), result[1]  # in place: no view, as torch.nn's
+        if torch._C._are_functorch_transforms_active():
+            return None
+        data = input.transpose(0, 1) if self.batch_first else input
+        return stream.run(self, data, hx, None, self.batch_first)
 
     def step(self, input: Tensor, state: Any = None, out: Any = None) -> tuple[Tensor, Any]:
         """One time step of a stream: the next output and state.

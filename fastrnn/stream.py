@@ -1,5 +1,5 @@
-"""A unidirectional net without gradients: what ``module.step`` runs, and ``forward`` where it can,
-with as little around the kernels as there can be.
+"""A unidirectional net with as little around the kernels as there can be: what ``module.step`` runs
+without gradients, and ``forward`` where it can, of one layer with gradients too.
 
 The weights are read where they lie and looked up at each call, so that no update of them can be
 missed: in place, through ``.data``, by an optimizer or by ``load_state_dict``. What is kept from
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _backend, _ops, checks
+from . import _backend, _ops, autograd, checks
 from .checks import LayerSpec
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ def direct_call(
     """The steps over the weights of these names, for each layer weight_ih, weight_hh, (int8: both
     scales), both biases, weight_hr. Copies and pickles of the module do without it.
 
-    Its ``call(attributes of the module, input [B, I], [I] or [T, B, I], state, out)`` gives output
-    and new state; None with gradients, dropout or anything but plain native calls, if the module is
-    another one, or if a weight or an argument is not simply right."""
+    Its ``call(attributes of the module, input [B, I], [I] or [T, B, I], state, out, batch_first)``
+    gives output ([B, T, P] with ``batch_first``) and new state; None with dropout or anything but
+    plain native calls, with gradients but of one layer over [T, B, I], if the module is another
+    one, or if a weight or an argument is not simply right."""
     extension = importlib.import_module("fastrnn._C")
     kind = extension.StepKind(
         cell=spec.cell, L=spec.num_layers, I=spec.input_size, H=spec.hidden_size,
@@ -42,8 +43,9 @@ def direct_call(
     )  # fmt: skip
     stored = [(name in module._parameters, name) for name in names]
     return extension.DirectCall(
-        _backend.plain_calls, _ops.python_tensors, description_of(module), stored, kind
-    )
+        _backend.plain_calls, _ops.python_tensors, description_of(module), stored, kind,
+        autograd.record,
+    )  # fmt: skip
 
 
 def description_of(module: nn.Module) -> dict[str, Any]:
@@ -70,25 +72,31 @@ def can_step(spec: LayerSpec, tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def run(module: Any, input: Tensor, state: Any, out: Any = None) -> tuple[Tensor, Any] | None:
-    """The steps of ``module`` over the input by its direct call; None where the general path has to
-    run, or to say what is wrong."""
+def run(
+    module: Any, input: Tensor, state: Any, out: Any = None, batch_first: bool = False
+) -> tuple[Tensor, Any] | None:
+    """The steps of ``module`` over the input by its direct call, the output [B, T, P] with
+    ``batch_first``; None where the general path has to run, or to say what is wrong."""
     if torch.compiler.is_compiling() or _ops.native_error is not None:
         return None
     if torch.autograd._profiler_enabled():
         with torch.profiler.record_function("fastrnn::step"):
-            return _run(module, input, state, out)
-    return _run(module, input, state, out)
+            return _run(module, input, state, out, batch_first)
+    return _run(module, input, state, out, batch_first)
 
 
-def _run(module: Any, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any] | None:
+def _run(
+    module: Any, input: Tensor, state: Any, out: Any, batch_first: bool
+) -> tuple[Tensor, Any] | None:
     if out is not None and not _may_write(out):
         return None
     attributes = module.__dict__
     direct: DirectCall | None = attributes.get("_direct_call")
-    result = None if direct is None else direct.call(attributes, input, state, out)
+    result = None if direct is None else direct.call(attributes, input, state, out, batch_first)
     if result is None:
-        if torch.is_grad_enabled() or type(input) is not Tensor or not input.is_cpu:
+        if type(input) is not Tensor or not input.is_cpu:
+            return None
+        if torch.is_grad_enabled() and input.dim() != 3:
             return None
         if not _backend.is_plain_native():
             return None
@@ -99,7 +107,7 @@ def _run(module: Any, input: Tensor, state: Any, out: Any) -> tuple[Tensor, Any]
             direct = attributes["_direct_call"] = module._new_direct_call()
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None
-        result = None if direct is None else direct.call(attributes, input, state, out)
+        result = None if direct is None else direct.call(attributes, input, state, out, batch_first)
     if result is not None and out is not None:
         torch.autograd.graph.increment_version([t for t in _targets(out) if not t.is_inference()])
     return result

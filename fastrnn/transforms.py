@@ -18,6 +18,7 @@ from torch.autograd import Function
 
 from . import _ops, batching, derivatives, reference
 
+_functorch = torch._C._functorch
 _CALL = 5  # arguments before the tensors: backend, cell, batch_sizes, groups, direction
 
 
@@ -27,31 +28,32 @@ def layer(
     groups: int, direction: int,
 ) -> Any:  # fmt: skip
     """Output, h_n and c_n under the innermost transform; ``below`` is the same outside of it."""
-    transform = pyfunctorch.retrieve_current_functorch_interpreter()
+    innermost = _functorch.peek_interpreter_stack()
+    kind = innermost.key()
     call = (batch_sizes, groups, direction)
-    if isinstance(transform, pyfunctorch.GradInterpreter):
+    if kind == _functorch.TransformType.Grad:
         leaves = (input, h0, c0, *weights)
         return Layer.apply(backend, cell, *call, *leaves)[:3]
-    if not isinstance(transform, pyfunctorch.VmapInterpreter):
-        raise RuntimeError(f"fastrnn has no rule for the transform {transform.key()}")
-    level = transform.level()
+    if kind != _functorch.TransformType.Vmap:
+        raise RuntimeError(f"fastrnn has no rule for the transform {kind}")
+    level, size = innermost.level(), _functorch.CVmapInterpreterPtr(innermost).batchSize()
 
     def unwrapped(tensor: Tensor | None) -> tuple[Any, int | None]:
-        if tensor is None or not torch._C._functorch.is_batchedtensor(tensor):
+        if tensor is None or not _functorch.is_batchedtensor(tensor):
             return tensor, None
-        return torch._C._functorch._unwrap_batched(tensor, level)
+        return _functorch._unwrap_batched(tensor, level)
 
     given = [unwrapped(t) for t in (input, h0, c0, *weights)]
     (input, input_dim), (h0, h_dim), (c0, c_dim), *rest = given
     weights, weight_dims = [w for w, _ in rest], [d for _, d in rest]
-    with transform.lower():
+    with pyfunctorch.temporarily_pop_interpreter_stack():
         if all(d is None for _, d in given):
             return below(backend, cell, input, weights, h0, c0, *call)
         results, out_dims = batching.layer(
-            functools.partial(below, backend), transform.batch_size(),
+            functools.partial(below, backend), size,
             (None, input_dim, weight_dims, h_dim, c_dim, None), cell, input, weights, h0, c0, *call,
         )  # fmt: skip
-    add = torch._C._functorch._add_batch_dim
+    add = _functorch._add_batch_dim
     return tuple(
         r if d is None else add(r, d, level) for r, d in zip(results, out_dims, strict=True)
     )

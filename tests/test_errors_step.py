@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrnn import _backend, _ops
+from fastrnn import _backend, _ops, autograd
 
 if TYPE_CHECKING:
     from fastrnn._C import DirectCall
@@ -57,10 +57,10 @@ def call(
     named = {str(i): weight for i, weight in enumerate(weights)}
     direct: DirectCall = extension.DirectCall(
         _backend.plain_calls, _ops.python_tensors, {}, [(True, name) for name in named],
-        extension.StepKind(**kind),
+        extension.StepKind(**kind), autograd.record,
     )  # fmt: skip
     given = state if state != () else (h, c)
-    return direct.call({"_parameters": named, "_buffers": {}}, input, given, out)
+    return direct.call({"_parameters": named, "_buffers": {}}, input, given, out, False)
 
 
 def cut_short(*sizes: int) -> Tensor:

@@ -80,14 +80,19 @@ def test_steps_are_a_sequence(
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("isa", [e for e in engines() if e != "reference"])
 def test_fast_path_is_taken(isa: str, cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without gradients a step does not take the general path, with them it does."""
+    """Neither without gradients nor, of one layer, with them; with them of more layers it is."""
     layer, _ = make(cell)
+    deep, _ = make(cell, num_layers=2)
     monkeypatch.setattr(fastrnn.layers, "run", lambda *a: pytest.fail("the general path"))
     with use_engine(isa), torch.no_grad():
-        layer.step(torch.randn(2, 3))  # type: ignore[operator]
-        layer(torch.randn(1, 2, 3))
-    with pytest.raises(pytest.fail.Exception, match="the general path"):
-        layer.step(torch.randn(2, 3))  # type: ignore[operator]
+        for module in (layer, deep):
+            module.step(torch.randn(2, 3))  # type: ignore[operator]
+            module(torch.randn(1, 2, 3))
+    with use_engine(isa):
+        assert layer(torch.randn(5, 2, 3))[0].requires_grad
+        assert not layer.requires_grad_(False)(torch.randn(5, 2, 3))[0].requires_grad
+        with pytest.raises(pytest.fail.Exception, match="the general path"):
+            deep(torch.randn(5, 2, 3))
 
 
 UPDATES: dict[str, Callable[[Any], None]] = {

@@ -141,6 +141,10 @@ def test_a_tensor_that_left_a_transform(engine: str) -> None:
     torch.func.grad(lambda v: (kept.append(v), v.sum())[1])(torch.randn(4, 2, 3))
     with torch.no_grad():
         torch.testing.assert_close(layer(kept[0])[0], twin(kept[0])[0])
+    for module in (layer, twin):
+        module(kept[0])[0].square().sum().backward()
+    for one, other in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_step_runs_an_overridden_forward(engine: str) -> None:

@@ -115,13 +115,16 @@ struct Backward {
   void products(int64_t first, int64_t last, F finish) {
     if (first == last) return;
     if (share.team) share.team->barrier();  // every unit of dr[now] is there, and nobody reads dr[1 - now] any more
-    runs(s.hh, units.begin, units.end, first, last, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
-      if (plan.packed)
-        product(dr_row(now, b), s.dr_stride, rows, s.packed_hh + d * s.hh.size(), s.hh, begin, end, sums.data);
-      else
-        product_unpacked(b, rows, begin, end);
-      finish(b, rows, begin, end);
-    });
+    runs(
+        s.hh, units.begin, units.end, first, last,
+        [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+          if (plan.packed)
+            product(dr_row(now, b), s.dr_stride, rows, s.packed_hh + d * s.hh.size(), s.hh, begin, end, sums.data);
+          else
+            product_unpacked(b, rows, begin, end);
+          finish(b, rows, begin, end);
+        },
+        now == 1);
   }
 
   // The same on weight_hh where it lies.

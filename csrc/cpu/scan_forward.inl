@@ -140,10 +140,13 @@ struct Forward {
       if (share.team) share.team->barrier();  // every unit of h[now] is there, and nobody reads h[1 - now] any more
       const int64_t b_begin = share.b_begin, count = n - b_begin;
       prepare_rows(hh, h_row(now, b_begin), s.h_stride, count);
-      runs(s.hh, units.begin, units.end, 0, count, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
-        multiply(hh, h_row(now, b_begin), s.h_stride, i, rows, begin, end, sums.data);
-        cell_run(t, chunk_row[step - chunk_begin] + i, b_begin + i, rows, begin, end);
-      });
+      runs(
+          s.hh, units.begin, units.end, 0, count,
+          [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
+            multiply(hh, h_row(now, b_begin), s.h_stride, i, rows, begin, end, sums.data);
+            cell_run(t, chunk_row[step - chunk_begin] + i, b_begin + i, rows, begin, end);
+          },
+          now == 1);
       if (a.projected) {
         prepare_rows(hr, m_row(b_begin), s.c_stride, count);
         runs(s.hr, 0, s.hr.blocks, 0, count, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
