@@ -59,12 +59,12 @@ const void* optional_array(const OptionalTensor& t, const char* name, const Size
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tensor input_, std::vector<Tensor> list,
                                                          OptionalTensor h0_, OptionalTensor c0_,
                                                          OptionalTensor batch_sizes, int64_t groups, int64_t direction,
-                                                         bool save) {
+                                                         bool save, OptionalTensor resets_) {
   const std::string cell = take_string(name);
   const Tensor input = as_contiguous(input_);
-  const OptionalTensor h0 = as_contiguous(h0_), c0 = as_contiguous(c0_);
+  const OptionalTensor h0 = as_contiguous(h0_), c0 = as_contiguous(c0_), resets = as_contiguous(resets_);
   const std::unique_ptr<Device> device = device_of(input);
-  const Problem p(device->place(), cell, input, list, h0, batch_sizes, groups, direction);
+  const Problem p(device->place(), cell, input, list, h0, batch_sizes, groups, direction, resets);
   const ScanShape& s = p.shape;
   const int64_t A = p.cell.saved;
   const bool has_c = p.cell.has_c;
@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tens
   a.scale_ih = a.scale_hh = nullptr;
   a.bias_ih = Weights::or_null(p.weights.b_ih), a.bias_hh = Weights::or_null(p.weights.b_hh);
   a.weight_hr = Weights::or_null(p.weights.hr);
-  a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype, *device);
-  a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype, *device);
+  a.h0 = optional_array(h0, "h0", p.entering_state(s.P), p.dtype, *device);
+  a.c0 = optional_array(c0, "c0", p.entering_state(s.H), p.dtype, *device);
 
   const Sizes none = {0};
   Tensor output = device->make(p.output(), p.dtype), h_n = device->make(p.state(s.P), p.dtype);
@@ -96,14 +96,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tens
 
 // What the scan leaves for the products after it: the gradients of the gates' products [D, N, G * H] and, where they
 // differ, of those with h [D, N, R * H]; with a projection those of h [D, N, P] and o tanh c [D, N, H]; of packed data
-// the h that entered each row [D, N, P].
+// or with resets the h that entered each row [D, N, P].
 struct BetweenPasses {
   Array dgates, drecurrent, dprojected, unprojected, before;
 
   BetweenPasses(const Problem& p, Device& device) {
     const ScanShape& s = p.shape;
-    const int64_t projected = s.projected ? 1 : 0, packed = s.batch_sizes ? 1 : 0;
-    const int64_t widths[] = {p.cell.gates * s.H, p.cell.own * s.H, projected * s.P, projected * s.H, packed * s.P};
+    const int64_t projected = s.projected ? 1 : 0, gathered = s.batch_sizes || s.resets ? 1 : 0;
+    const int64_t widths[] = {p.cell.gates * s.H, p.cell.own * s.H, projected * s.P, projected * s.H, gathered * s.P};
     Array* arrays[] = {&dgates, &drecurrent, &dprojected, &unprojected, &before};
     size_t offsets[6] = {};
     for (int i = 0; i < 5; ++i) {
@@ -266,14 +266,16 @@ class WeightGradients {
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
     StringHandle name, OptionalTensor doutput_, OptionalTensor dh_n_, OptionalTensor dc_n_, Tensor input_,
     Tensor output_, Tensor cells_, Tensor saved_, std::vector<Tensor> list, OptionalTensor h0_, OptionalTensor c0_,
-    OptionalTensor batch_sizes, int64_t groups, int64_t direction, std::vector<int64_t> wanted) {
+    OptionalTensor batch_sizes, int64_t groups, int64_t direction, std::vector<int64_t> wanted, OptionalTensor resets_,
+    OptionalTensor dcells_) {
   const std::string cell = take_string(name);
   const Tensor input = as_contiguous(input_), output = as_contiguous(output_), cells = as_contiguous(cells_),
                saved = as_contiguous(saved_);
   const OptionalTensor h0 = as_contiguous(h0_), c0 = as_contiguous(c0_), doutput = as_contiguous(doutput_),
-                       dh_n = as_contiguous(dh_n_), dc_n = as_contiguous(dc_n_);
+                       dh_n = as_contiguous(dh_n_), dc_n = as_contiguous(dc_n_), resets = as_contiguous(resets_),
+                       dcells = as_contiguous(dcells_);
   const std::unique_ptr<Device> device = device_of(input);
-  const Problem p(device->place(), cell, input, list, h0, batch_sizes, groups, direction);
+  const Problem p(device->place(), cell, input, list, h0, batch_sizes, groups, direction, resets);
   const ScanShape& s = p.shape;
   const int64_t A = p.cell.saved;
   const bool has_c = p.cell.has_c;
@@ -285,7 +287,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
         wanted[i] == 0 || wanted[i] == 1 || (i >= 3 && wanted[i] > 1 && !batch_sizes && s.B % wanted[i] == 0),
         "fastrnn: wanted must hold 0, 1 or, of a weight, a number of parts of the batch of ", s.B,
         " rows of dense data, got ", wanted[i]);
-  STD_TORCH_CHECK(has_c || (!c0 && !dc_n && !wanted[2]), "fastrnn: ", cell, " has no cell state");
+  STD_TORCH_CHECK(has_c || (!c0 && !dc_n && !dcells && !wanted[2]), "fastrnn: ", cell, " has no cell state");
 
   ScanBackwardArgs a;
   static_cast<ScanShape&>(a) = s;
@@ -293,17 +295,18 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
   a.doutput = optional_array(doutput, "doutput", p.output(), p.dtype, *device);
   a.dh_n = optional_array(dh_n, "dh_n", p.state(s.P), p.dtype, *device);
   a.dc_n = optional_array(dc_n, "dc_n", p.state(s.H), p.dtype, *device);
+  a.dcells = optional_array(dcells, "dcells", p.over_time(s.H), p.compute(), *device);
   a.output = optional_array(output, "output", p.output(), p.dtype, *device);
   a.cells = optional_array(cells, "cells", has_c ? p.over_time(s.H) : none, p.compute(), *device);
   a.saved = optional_array(saved, "saved", p.over_time(A * s.H), p.dtype, *device);
   a.weight_hh = p.weights.hh.data();
   a.weight_hr = Weights::or_null(p.weights.hr);
-  a.h0 = optional_array(h0, "h0", p.state(s.P), p.dtype, *device);
-  a.c0 = optional_array(c0, "c0", p.state(s.H), p.dtype, *device);
+  a.h0 = optional_array(h0, "h0", p.entering_state(s.P), p.dtype, *device);
+  a.c0 = optional_array(c0, "c0", p.entering_state(s.H), p.dtype, *device);
 
   const BetweenPasses between(p, *device);
-  Tensor dh0 = device->make(wanted[1] ? p.state(s.P) : none, p.dtype),
-         dc0 = device->make(wanted[2] ? p.state(s.H) : none, p.dtype);
+  Tensor dh0 = device->make(wanted[1] ? p.entering_state(s.P) : none, p.dtype),
+         dc0 = device->make(wanted[2] ? p.entering_state(s.H) : none, p.dtype);
   a.dgates = between.dgates.data, a.drecurrent = between.drecurrent.data;
   a.dprojected = between.dprojected.data, a.unprojected = between.unprojected.data;
   a.before = between.before.data;
@@ -325,15 +328,19 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
 // each group, or each of them [S, ...] for S groups at a time; output [T, B, D * P] or [N, D * P]; cells [D, N, H] and
 // saved [D, N, A * H] for backward. wanted: whether the gradient of the input, of h0, of c0 and of each weight is asked
 // for; of a weight n > 1 asks for n gradients [n, ...], one for each of n equal parts of the batch of dense data. Empty
-// tensors [0] stand for what a cell does not have or what was not asked for.
+// tensors [0] stand for what a cell does not have or what was not asked for. resets [T, B] or [N], uint8: a Reset
+// (scan.h) at each row; then h0 and c0 have 2 B rows, the initial states and those that a reset puts in their place.
+// dcells: the gradient of cells.
 FASTRNN_DEFINE(FASTRNN_LIBRARY, m) {
   m.def(
       "layer(str cell, Tensor input, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int groups, "
-      "int direction, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)");
+      "int direction, bool save, Tensor? resets=None) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor "
+      "saved)");
   m.def(
       "layer_backward(str cell, Tensor? doutput, Tensor? dh_n, Tensor? dc_n, Tensor input, Tensor output, "
       "Tensor cells, Tensor saved, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int groups, "
-      "int direction, int[] wanted) -> (Tensor dinput, Tensor[] dweights, Tensor dh0, Tensor dc0)");
+      "int direction, int[] wanted, Tensor? resets=None, Tensor? dcells=None) -> (Tensor dinput, Tensor[] dweights, "
+      "Tensor dh0, Tensor dc0)");
 }
 
 FASTRNN_IMPLEMENT(FASTRNN_LIBRARY, CPU, m) {

@@ -87,7 +87,8 @@ struct Problem {
   Weights weights;
 
   Problem(const Place& place, const std::string& cell_name, const Tensor& input, const std::vector<Tensor>& list,
-          const OptionalTensor& h0, const OptionalTensor& batch_sizes, int64_t groups, int64_t direction)
+          const OptionalTensor& h0, const OptionalTensor& batch_sizes, int64_t groups, int64_t direction,
+          const OptionalTensor& resets = {})
       : weights(list, groups) {
     shape.cell = cell_of(cell_name);
     cell = kCells[static_cast<int>(shape.cell)];
@@ -116,6 +117,7 @@ struct Problem {
     else
       take_dense(input.size(0), input.size(1));
     STD_TORCH_CHECK(shape.T > 0, "fastrnn: Expected sequence length to be larger than 0 in RNN");
+    if (resets) take_resets(*resets, place);
   }
   Problem(const Problem&) = delete;
 
@@ -159,8 +161,18 @@ struct Problem {
     shape.offsets = offsets.data();
   }
 
+  void take_resets(const Tensor& resets, const Place& place) {
+    check(resets, "resets", leading, ScalarType::Byte, place);
+    if (shape.N == 0) return;
+    shape.resets = static_cast<const uint8_t*>(resets.const_data_ptr());
+    if (!place.is_cpu()) return;
+    const uint8_t most = *std::max_element(shape.resets, shape.resets + shape.N);
+    STD_TORCH_CHECK(most <= kRestart, "fastrnn: resets must hold 0, 1 or 2, got ", static_cast<int>(most));
+  }
+
   Sizes over_time(int64_t width) const { return {shape.D, shape.N, width}; }
   Sizes state(int64_t width) const { return {shape.D, shape.B, width}; }
+  Sizes entering_state(int64_t width) const { return {shape.D, shape.K(), width}; }
   Sizes output() const {
     Sizes sizes = leading;
     sizes.push_back(shape.D * shape.P);

@@ -93,9 +93,11 @@ class DirectCall {
     if (has_c_ && !(take_pair(state, h, c) && take_pair(out, h_n, c_n))) return py::none();
     if (!find_weights(attributes, borrowed)) return py::none();
     const py::tuple leaves = leaves_of(x, h, c, borrowed.kept);
-    const bool is_recorded = aoti_torch_grad_mode_is_enabled() && any_requires_grad(leaves);
+    const bool with_gradients = aoti_torch_grad_mode_is_enabled();
+    if (with_gradients && !out.is_none()) return py::none();  // `out` may be part of a graph
+    const bool is_recorded = with_gradients && any_requires_grad(leaves);
     TensorView h_out, c_out;
-    if (!find_input(x, of.x) || (is_recorded && !may_record(of.x, out))) return py::none();
+    if (!find_input(x, of.x) || (is_recorded && !may_record(of.x))) return py::none();
     const Shape h_shape = state_shape(of.x.shape, kind_.P), c_shape = state_shape(of.x.shape, kind_.H);
     if (!find_state(h, h_shape, of.h) || !find_state(c, c_shape, of.c) || !find_out(h_n, h_out) ||
         !find_out(c_n, c_out))
@@ -143,9 +145,7 @@ class DirectCall {
   static py::object borrow(const py::handle& object) { return py::reinterpret_borrow<py::object>(object); }
 
   // Whether the gradients of a call can be those of one call of the operator.
-  bool may_record(const TensorView& input, const py::handle& out) const {
-    return kind_.L == 1 && !kind_.quantized && input.shape.dim == 3 && out.is_none();
-  }
+  bool may_record(const TensorView& input) const { return kind_.L == 1 && !kind_.quantized && input.shape.dim == 3; }
 
   // (input, h0, c0, *weights), in the order of autograd.py.
   static py::tuple leaves_of(const py::object& x, const py::object& h, const py::object& c,

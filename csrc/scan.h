@@ -6,7 +6,8 @@
 // (kOwn), D groups with weights of their own (directions, members of an ensemble).
 //
 // Row (t, b) of the data is row offsets[t] + b. Rows b < active(t) take part in step t; batch sizes never increase,
-// so a row is active from t = 0 until its sequence ends. batch_sizes and offsets lie in host memory. Arrays are
+// so a row is active from t = 0 until its sequence ends. batch_sizes and offsets lie in host memory. A reset at row
+// (t, b) is a boundary between steps t - 1 and t: no state passes it in either direction of time. Arrays are
 // contiguous, row-major, owned by the caller and do not overlap. Types: `Storage` is the dtype of the tensors,
 // `Compute` is float, or double for double; `Between` is Compute on the CPU and Storage on a GPU.
 #pragma once
@@ -23,6 +24,9 @@ enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
 // in bfloat16, or in int8 with one float scale per row (value = scale * int8). Then they are read where they lie.
 enum class WeightType : int { kStorage, kBFloat16, kInt8 };
 
+// What enters behind a boundary: the state of the step before, a state of its own, or the initial one again.
+enum Reset : uint8_t { kCarry = 0, kReset = 1, kRestart = 2 };
+
 // Order of time of the groups. kBoth: the first half of the groups runs forward, the second half in reverse.
 enum class Direction : int64_t { kForward = 0, kReverse = 1, kBoth = 2 };
 
@@ -35,11 +39,24 @@ struct ScanShape {
   const int64_t* offsets;      // [T + 1] first data row of each step, or null: t * B
   Direction direction;
   WeightType weight_type = WeightType::kStorage;
+  const uint8_t* resets = nullptr;  // [N] a Reset for each row of data, or null; where the data lies
 
   FASTRNN_FN int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   FASTRNN_FN int64_t row(int64_t t, int64_t b) const { return (offsets ? offsets[t] : t * B) + b; }
   FASTRNN_FN bool reversed(int64_t d) const {
     return direction == Direction::kReverse || (direction == Direction::kBoth && 2 * d >= D);
+  }
+
+  // Rows of h0 and c0: with resets those of kReset follow the initial ones.
+  FASTRNN_FN int64_t K() const { return resets ? 2 * B : B; }
+  // The row of h0 and c0 whose state enters step t of row b; -1: the state of the step before does.
+  FASTRNN_FN int64_t entering(int64_t d, int64_t t, int64_t b) const {
+    const bool reverse = reversed(d);
+    const int64_t before = reverse ? t + 1 : t - 1;
+    const bool first = before < 0 || before >= T || b >= active(before);
+    int reset = kCarry;
+    if (resets && !(reverse && first)) reset = resets[row(reverse ? before : t, b)];
+    return reset == kReset ? B + b : first || reset != kCarry ? b : -1;
   }
 };
 
@@ -56,8 +73,8 @@ struct ScanArgs : ScanShape {
   const void* const* bias_ih;    // [D] Storage [G, H] added to the input products, or null: 0
   const void* const* bias_hh;    // [D] Storage [G, H] added to the recurrent products, or null: 0
   const void* const* weight_hr;  // [D] Storage [P, H], projected only
-  const void* h0;                // Storage [D, B, P], or null: 0
-  const void* c0;                // Storage [D, B, H], or null: 0
+  const void* h0;                // Storage [D, K, P], or null: 0
+  const void* c0;                // Storage [D, K, H], or null: 0
   void* output;                  // Storage [N, D, P] h after each step
   void* h_n;                     // Storage [D, B, P] h after each row's last step
   void* c_n;                     // Storage [D, B, H], cells with c only
@@ -69,20 +86,21 @@ struct ScanBackwardArgs : ScanShape {
   const void* doutput;           // Storage [N, D, P], or null: 0
   const void* dh_n;              // Storage [D, B, P], or null: 0
   const void* dc_n;              // Storage [D, B, H], or null: 0
+  const void* dcells;            // Compute [D, N, H], or null: 0
   const void* output;            // Storage [N, D, P], with the next two as left by the forward pass
   const void* cells;             // Compute [D, N, H]
   const void* saved;             // Storage [D, N, A, H]
   const void* const* weight_hh;  // [D] Storage [G, H, P]
   const void* const* weight_hr;  // [D] Storage [P, H], projected only
-  const void* h0;                // Storage [D, B, P], or null: 0
-  const void* c0;                // Storage [D, B, H], or null: 0
+  const void* h0;                // Storage [D, K, P], or null: 0
+  const void* c0;                // Storage [D, K, H], or null: 0
   void* dgates;                  // Between [D, N, G, H] gradient of the input products
   void* drecurrent;              // Between [D, N, R, H] gradient of the recurrent products of the last R gates
   void* dprojected;              // Between [D, N, P] whole gradient of h after each step, projected only
   void* unprojected;             // Between [D, N, H] o tanh(c) of each step, projected only
-  void* before;                  // Storage [D, N, P] h that entered each step, packed only, or null: not wanted
-  void* dh0;                     // Storage [D, B, P], or null: not wanted
-  void* dc0;                     // Storage [D, B, H], or null: not wanted
+  void* before;  // Storage [D, N, P] h that entered each step, packed or with resets, or null: not wanted
+  void* dh0;     // Storage [D, K, P], or null: not wanted
+  void* dc0;     // Storage [D, K, H], or null: not wanted
 };
 
 }  // namespace fastrnn

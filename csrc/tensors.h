@@ -37,7 +37,7 @@ inline Sizes sizes_of(const Tensor& t) {
 inline int64_t item_size(ScalarType dtype) {
   return dtype == ScalarType::Double || dtype == ScalarType::Long ? 8
          : dtype == ScalarType::Float                             ? 4
-         : dtype == ScalarType::Char                              ? 1
+         : dtype == ScalarType::Char || dtype == ScalarType::Byte ? 1
                                                                   : 2;
 }
 inline ScalarType compute_dtype(ScalarType storage) {

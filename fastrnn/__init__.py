@@ -7,6 +7,8 @@ from ._backend import get_backend, set_backend, use_backend
 from .cells import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN
 from .quantize import dequantize, quantize
+from .sequences import States
+from .streaming import Stream
 from .swap import SwapReport, replace, restore
 
 __version__ = version("fastrnn")
@@ -18,6 +20,8 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "States",
+    "Stream",
     "SwapReport",
     "__version__",
     "dequantize",

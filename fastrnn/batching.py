@@ -21,10 +21,13 @@ Dim = int | None
 def layer(
     run: Callable[..., Any], size: int, in_dims: Sequence[Any], cell: str, input: Tensor,
     weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, batch_sizes: Tensor | None,
-    groups: int, direction: int, *save: bool,
+    groups: int, direction: int, *rest: Any,
 ) -> tuple[tuple[Tensor, ...], tuple[Dim, ...]]:  # fmt: skip
     """Results of ``run`` (the operator ``layer``) for a mapped batch, and where it lies in each.
-    ``in_dims``: where it lies in the arguments, shaped as they are."""
+    ``in_dims``: where it lies in the arguments, shaped as they are. ``rest``: save and resets, of
+    the operator."""
+    save = rest[:1]
+    refuse(*rest[1:])
     _, input_dim, weight_dims, h_dim, c_dim, sizes_dim, *_ = in_dims
     _refuse(size, sizes_dim)
     if batch_sizes is None and all(d is None for d in weight_dims):
@@ -49,9 +52,10 @@ def layer_backward(
     doutput: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, input: Tensor,
     output: Tensor, cells: Tensor, saved: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
     c0: Tensor | None, batch_sizes: Tensor | None, groups: int, direction: int,
-    wanted: Sequence[int],
+    wanted: Sequence[int], resets: Tensor | None = None, dcells: Tensor | None = None,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
     """The same for ``layer_backward``."""
+    refuse(resets, dcells)
     _, *grad_dims, input_dim, output_dim, cells_dim, saved_dim, weight_dims = in_dims[:9]
     h_dim, c_dim, sizes_dim = in_dims[9:12]
     _refuse(size, sizes_dim)
@@ -87,6 +91,12 @@ def layer_backward(
         (dinput, [g for g, _ in by_weight], *(t for t, _ in states)),
         (input_dim, [d for _, d in by_weight], *(d for _, d in states)),
     )
+
+
+def refuse(resets: Tensor | None = None, dcells: Tensor | None = None) -> None:
+    """Raises where the operators are given what has no rule here."""
+    if resets is not None or dcells is not None:
+        raise RuntimeError("fastrnn: vmap over operators with resets or dcells is not possible")
 
 
 def _refuse(size: int, batch_sizes_dim: Dim) -> None:

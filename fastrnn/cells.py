@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
-from . import checks, functional, stream, swap
+from . import checks, functional, sequences, stream, swap
 
 if TYPE_CHECKING:
     from ._C import DirectCall
@@ -107,8 +107,14 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, 1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """The next state; see the class for shapes and errors."""
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, reset: Tensor | None = None,
+        reset_hx: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The next state; see the class for shapes and errors. ``reset``, bool [B]: rows of hx that
+        those of ``reset_hx`` (as hx; zeros by default) replace before the step."""
+        if reset is not None or reset_hx is not None:
+            hx = sequences.entering_cell(self._mode + "Cell", input, hx, reset, reset_hx)
         if (stepped := self._stepped(input, hx)) is not None:
             return cast(Tensor, stepped)
         return functional.rnn_cell(
@@ -153,9 +159,13 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, 4, device=device, dtype=dtype)
 
     def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The next state; see the class for shapes and errors."""
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *,
+        reset: Tensor | None = None, reset_hx: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The next state; see the class for shapes and errors. ``reset``: as of :class:`RNNCell`'s
+        ``forward``."""
+        if reset is not None or reset_hx is not None:
+            hx = sequences.entering_cell("LSTMCell", input, hx, reset, reset_hx)
         if (stepped := self._stepped(input, hx)) is not None:
             return cast(tuple[Tensor, Tensor], stepped)
         return functional.lstm_cell(
@@ -186,8 +196,14 @@ class GRUCell(_Cell):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 3, device=device, dtype=dtype)
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """The next state; see the class for shapes and errors."""
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, reset: Tensor | None = None,
+        reset_hx: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The next state; see the class for shapes and errors. ``reset``, bool [B]: rows of hx that
+        those of ``reset_hx`` (as hx; zeros by default) replace before the step."""
+        if reset is not None or reset_hx is not None:
+            hx = sequences.entering_cell(self._mode + "Cell", input, hx, reset, reset_hx)
         if (stepped := self._stepped(input, hx)) is not None:
             return cast(Tensor, stepped)
         return functional.gru_cell(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,11 +180,11 @@ def layer_input(spec: LayerSpec, input: Tensor, weights: Sequence[Tensor], packe
 
 
 def layer_state(
-    spec: LayerSpec, hx: Tensor | tuple[Tensor, Tensor], batch: int, input: Tensor
+    spec: LayerSpec, hx: Any, batch: int, input: Tensor, argument: str = "hx"
 ) -> None:
     """Number, shapes, dtypes and devices of the initial states: [L * D, B, P] and [L * D, B, H]."""
     if spec.has_c and isinstance(hx, Tensor):
-        raise TypeError("LSTM: hx must be a tuple (h, c) of Tensors, not a Tensor")
+        raise TypeError(f"LSTM: {argument} must be a tuple (h, c) of Tensors, not a Tensor")
     if spec.has_c and len(hx) != 2:
         raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
     states = [hx[0], hx[1]] if spec.has_c else [hx]
@@ -193,10 +194,12 @@ def layer_state(
     ):
         expected = (rows, batch, size)
         which = f"hidden[{i}]" if spec.has_c else "hidden"
+        if argument != "hx":
+            which = f"{argument}[{i}]" if spec.has_c else argument
         if not isinstance(state, Tensor):
             raise TypeError(f"{spec.name}: {which} must be a Tensor, got {type(state).__name__}")
         if state.shape != expected:
-            name = which if spec.has_c else "hidden size"
+            name = which if spec.has_c or argument != "hx" else "hidden size"
             size_word = " size" if spec.has_c else ""
             raise RuntimeError(f"Expected {name}{size_word} {expected}, got {list(state.shape)}")
         if state.dtype != input.dtype and not torch._C._is_any_autocast_enabled():

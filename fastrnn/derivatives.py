@@ -22,6 +22,7 @@ class Call(NamedTuple):
     batch_sizes: Tensor | None
     groups: int
     direction: int
+    resets: Tensor | None = None
 
 
 Optional = Sequence[Tensor | None]
@@ -30,8 +31,8 @@ Optional = Sequence[Tensor | None]
 def gradients(
     call: Call, grads: Optional, leaves: Optional, wanted: Sequence[int]
 ) -> list[Tensor | None]:
-    """The gradients of the leaves that are wanted, from those of output, h_n and c_n. An integer
-    n > 1 asks for those of a weight by n parts of the batch, as of the operator."""
+    """The gradients of the leaves that are wanted, from those of output, h_n, c_n and cells. An
+    integer n > 1 asks for those of a weight by n parts of the batch, as of the operator."""
     parts = max(wanted)
     if parts > 1:
         if set(wanted[3:]) - {0, parts}:
@@ -42,9 +43,9 @@ def gradients(
     def run(*own: Tensor) -> tuple[Tensor, ...]:
         input, h0, c0, *weights = _with(leaves, asked, own)
         results = reference.layer(
-            call.cell, input, weights, h0, c0, call.batch_sizes, call.groups, call.direction
+            call.cell, input, weights, h0, c0, *call[1:]
         )
-        return tuple(r for r, g in zip(results[:3], grads, strict=True) if g is not None)
+        return tuple(r for r, g in zip(results[:4], grads, strict=True) if g is not None)
 
     return _pulled(run, asked, [g for g in grads if g is not None])
 

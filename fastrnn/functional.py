@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _backend, checks, layers, reference
 from .autograd import step, step_of
+from .sequences import Options
 
 
 def rnn(
@@ -28,7 +29,8 @@ def rnn(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
-) -> tuple[Tensor | PackedSequence, Tensor]:
+    **options: Any,
+) -> Any:
     """Elman RNN: ``h' = act(W_ih x + b_ih + W_hh h + b_hh)``, act = tanh or relu.
 
     float32, float64, bfloat16 or float16, one dtype for all tensors.
@@ -43,6 +45,8 @@ def rnn(
         nonlinearity: ``"tanh"`` or ``"relu"``.
         num_layers, bias, batch_first, dropout, bidirectional: as in ``torch.nn.RNN``.
         training: whether ``dropout`` applies.
+        options: ``resets``, ``reset_hx``, ``lengths`` and ``return_states``, as in the ``forward``
+            of :class:`fastrnn.RNN`.
 
     Returns:
         output [T, B, D * H] (laid out as the input) and h_n [L * D, B, H].
@@ -55,7 +59,7 @@ def rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     return _checked_layers(
         "RNN_" + nonlinearity.upper(), input, weights, hx, num_layers, bias, batch_first, dropout,
-        training, bidirectional,
+        training, bidirectional, 0, options,
     )  # fmt: skip
 
 
@@ -71,7 +75,8 @@ def lstm(
     training: bool = False,
     bidirectional: bool = False,
     proj_size: int = 0,
-) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    **options: Any,
+) -> Any:
     """LSTM: with ``[i, f, g, o] = W_ih x + b_ih + W_hh h + b_hh``,
     ``c' = sigmoid(f) c + sigmoid(i) tanh(g)`` and ``h' = sigmoid(o) tanh(c')``, multiplied by
     ``W_hr`` if ``proj_size > 0``.
@@ -84,6 +89,7 @@ def lstm(
         hx: initial states h [L * D, B, P] and c [L * D, B, H]; zeros by default.
         num_layers, bias, batch_first, dropout, bidirectional, proj_size: as in ``torch.nn.LSTM``.
         training: whether ``dropout`` applies.
+        options: as in :func:`rnn`.
 
     Returns:
         output [T, B, D * P] (laid out as the input) and (h_n [L * D, B, P], c_n [L * D, B, H]).
@@ -93,7 +99,7 @@ def lstm(
     """
     return _checked_layers(
         "LSTM", input, weights, hx, num_layers, bias, batch_first, dropout, training,
-        bidirectional, proj_size,
+        bidirectional, proj_size, options,
     )  # fmt: skip
 
 
@@ -108,7 +114,8 @@ def gru(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
-) -> tuple[Tensor | PackedSequence, Tensor]:
+    **options: Any,
+) -> Any:
     """GRU: with ``x = W_ih x + b_ih`` and ``u = W_hh h + b_hh`` cut into r, z, n:
     ``r = sigmoid(x_r + u_r)``, ``z = sigmoid(x_z + u_z)``, ``n = tanh(x_n + r u_n)``,
     ``h' = (1 - z) n + z h``.
@@ -117,13 +124,15 @@ def gru(
     ``torch.nn.GRU`` in their order.
     """
     return _checked_layers(
-        "GRU", input, weights, hx, num_layers, bias, batch_first, dropout, training, bidirectional
-    )
+        "GRU", input, weights, hx, num_layers, bias, batch_first, dropout, training, bidirectional,
+        0, options,
+    )  # fmt: skip
 
 
 def _checked_layers(
     mode: str, input: Any, weights: Sequence[Tensor], hx: Any, num_layers: int, bias: bool,
-    batch_first: bool, dropout: float, training: bool, bidirectional: bool, proj_size: int = 0,
+    batch_first: bool, dropout: float, training: bool, bidirectional: bool, proj_size: int,
+    options: dict[str, Any],
 ) -> Any:  # fmt: skip
     """``layers.run`` for weights that do not come from a module."""
     weights = list(weights)
@@ -139,7 +148,10 @@ def _checked_layers(
     spec = checks.layer_spec(
         mode, input_size, rows // gates, proj_size, num_layers, bidirectional, bool(bias)
     )
-    return layers.run(spec, input, weights, hx, batch_first, dropout, training)
+    return layers.run(
+        spec, input, weights, hx, batch_first, dropout, training,
+        Options(**options) if options else None,
+    )
 
 
 def rnn_cell(

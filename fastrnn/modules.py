@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, layers, stream, swap
+from .lengths import lengths_of_mask
+from .sequences import Options
 
 if TYPE_CHECKING:
     from ._C import DirectCall
@@ -20,13 +22,62 @@ if TYPE_CHECKING:
 class Layer(nn.RNNBase):
     """What the three layers share."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """Run the layer over a sequence; see the class for shapes and errors."""
-        if (result := self._direct(input, hx)) is not None:
-            return result
+    def forward(
+        self, input: Any, hx: Any = None, *, resets: Tensor | None = None, reset_hx: Any = None,
+        lengths: Tensor | None = None, return_states: bool = False, recompute: bool | int = False,
+        mask: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        """Run the layer over a sequence; see the class for shapes and errors of input and hx.
+
+        Shapes (dimension key of the class; all laid out as the input is):
+            * resets bool [T, B], with ``batch_first`` [B, T], unbatched [T], for a PackedSequence
+              [N], one of each row of its data
+            * reset_hx as hx, of B rows or of one for all
+            * lengths integers [B]
+            * states.h [L, T, B, D * P] and states.c [L, T, B, D * H]; with ``batch_first``
+              [L, B, T, ...], unbatched [L, T, ...], of a PackedSequence [L, N, ...]
+
+        Args:
+            resets: True at (t, b) is a boundary between steps t - 1 and t of row b, which no state
+                and no gradient passes: the pieces between boundaries run as if alone. In place of
+                the state before it, ``reset_hx`` enters step t, and in the reverse direction step
+                t - 1. A reset at t = 0 replaces hx of the forward direction. h_n and c_n are the
+                states after the last step that a direction runs.
+            reset_hx: the state behind a reset, differentiable; zeros by default.
+            lengths: steps of each row, 0 to T. Outputs behind them are zeros, without gradient; h_n
+                and c_n are the states at each row's end, of a row without steps its hx.
+            return_states: whether a third result, ``States(h, c)``, holds the states after every
+                step, differentiable; c is None where there is none.
+            recompute: whether backward computes again what it needs, in segments of so many steps
+                (True: about the square root of T), in place of keeping it for all T: for long
+                sequences, at the time of one more forward pass. Cannot be differentiated twice.
+            mask: lengths as TorchRL's modules give them, bool laid out as resets: True for the
+                steps of a row, which must be its first ones.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: arguments of wrong type, shape, dtype or device;
+                lengths out of range, on the CPU.
+
+        Example::
+
+            >>> layer = fastrnn.GRU(10, 20)
+            >>> output, h_n = layer(torch.randn(5, 3, 10), resets=torch.rand(5, 3) < 0.1)
+        """
+        if mask is not None:
+            lengths = lengths_of_mask(type(self).__name__, mask, lengths, self.batch_first)
+        if (
+            resets is None and reset_hx is None and lengths is None and return_states is False
+            and recompute is False
+        ):  # fmt: skip
+            if (result := self._direct(input, hx)) is not None:
+                return result
+            options = None
+        else:
+            options = Options(resets, reset_hx, lengths, return_states, recompute)
         return layers.run(
-            self._spec(), input, self._weights(), hx, self.batch_first, self.dropout, self.training
-        )
+            self._spec(), input, self._weights(), hx, self.batch_first, self.dropout, self.training,
+            options,
+        )  # fmt: skip
 
     def _direct(self, input: Any, hx: Any) -> Any:
         """The sequence without the general path's work; None where that has to run."""

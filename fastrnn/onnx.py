@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _backend, _ops, modules
+from .sequences import Options
 
 # torch.onnx writes in this opset and converts. Any: its types do not know Python's lists.
 op: Any = opset18
@@ -128,7 +129,7 @@ def _refusing(model: object) -> Iterator[None]:
         if layer.proj_size:
             raise NotInOnnxError(f"{name or type(layer).__name__}: {_PROJECTION}")
     hooks = [
-        layer.register_forward_pre_hook(_refuse_packed, with_kwargs=True)
+        layer.register_forward_pre_hook(_refuse_calls, with_kwargs=True)
         for layer in layers.values()
     ]
     try:
@@ -138,9 +139,12 @@ def _refusing(model: object) -> Iterator[None]:
             hook.remove()
 
 
-def _refuse_packed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_calls(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
         raise NotInOnnxError(_PACKED)
+    for name in Options._fields:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise NotInOnnxError(f"the recurrent nodes of ONNX have nothing for {name}")
 
 
 def _reason(error: BaseException | None) -> NotInOnnxError | None:
@@ -152,11 +156,11 @@ def _reason(error: BaseException | None) -> NotInOnnxError | None:
 
 def _layer(
     cell: str, input: Any, weights: Any, h0: Any, c0: Any, batch_sizes: Any, groups: int,
-    direction: int, save: bool,
+    direction: int, save: bool, resets: Any = None,
 ) -> Any:  # fmt: skip
     """``torch.ops.fastrnn.layer`` as one node; arguments and results as in csrc/ops.cpp, tensors as
     ``ir.Value`` (torch.onnx reads these annotations, and does not understand that one)."""
-    _check_layer(input, weights, batch_sizes, groups, direction, save)
+    _check_layer(input, weights, batch_sizes, groups, direction, save, resets)
     kind, order = _NODES[cell]
     D, hidden = groups, weights[1].shape[1]
     count = len(weights) // D
@@ -200,8 +204,10 @@ def _in_onnx_order(
 
 def _check_layer(
     input: ir.Value, weights: Sequence[ir.Value], batch_sizes: ir.Value | None, groups: int,
-    direction: int, save: bool,
+    direction: int, save: bool, resets: ir.Value | None,
 ) -> None:  # fmt: skip
+    if resets is not None:
+        raise NotInOnnxError("the recurrent nodes of ONNX have nothing for resets")
     if batch_sizes is not None:
         raise NotInOnnxError(_PACKED)
     assert input.shape is not None

@@ -8,6 +8,7 @@ their own, D groups (directions).  Formulas: torch.nn.RNN, LSTM and GRU.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -146,10 +147,40 @@ def _rows_of_steps(data: Tensor, batch_sizes: Tensor | None) -> list[slice]:
     return [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _initial(state: Tensor | None, d: int, like: Tensor, batch: int, width: int) -> Tensor:
+def _initial(state: Tensor | None, d: int, like: Tensor, rows: int, width: int) -> Tensor:
     if state is None:
-        return like.new_zeros(batch, width)
+        return like.new_zeros(rows, width)
     return state[d].to(like.dtype)
+
+
+CARRY, RESET, RESTART = range(3)  # what resets hold; csrc/scan.h has the same
+
+
+def _boundaries(
+    resets: Tensor | None, rows: list[slice], reverse: bool
+) -> list[Tensor | None]:
+    """What enters each step, [n, 1] of its n rows: CARRY the state of the step before it in this
+    direction of time, RESET a state of its own, RESTART the initial one; None: all carry."""
+    if resets is None:
+        return [None] * len(rows)
+    codes = resets.reshape(-1, 1)
+    if not reverse:
+        return [codes[row] for row in rows]
+    found: list[Tensor | None] = []
+    for row, after in itertools.pairwise(rows):
+        ended = (row.stop - row.start) - (after.stop - after.start)  # whose last step this is
+        found.append(torch.cat([codes[after], codes.new_zeros(ended, 1)]))
+    return [*found, None]
+
+
+def _entering(state: Tensor, initial: Tensor, code: Tensor | None) -> Tensor:
+    """The state [n, H] that enters a step; ``initial`` [2 B, H]: initial ones, then those of
+    RESET."""
+    if code is None:
+        return state
+    n, batch = len(state), len(initial) // 2
+    state = torch.where(code == RESTART, initial[:n], state)
+    return torch.where(code == RESET, initial[batch : batch + n], state)
 
 
 def _input_of_group(flat: Tensor, weight_ih: Tensor, d: int) -> Tensor:
@@ -173,6 +204,7 @@ def layer(
     batch_sizes: Tensor | None,
     groups: int,
     direction: int,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all groups of one layer. The contract of ``torch.ops.fastrnn.layer`` with ``save=True``.
 
@@ -187,6 +219,10 @@ def layer(
         batch_sizes: rows of each step [T], int64 on the CPU, not increasing; None: dense.
         groups: D, the number of groups.
         direction: 0 forward, 1 reverse, 2 the second half of the groups in reverse.
+        resets: uint8 [T, B] or [N]. 1 or 2 at a row is a boundary between this step and the one
+            before, which no state passes: in place of it enters, before the step, or in reverse
+            before the step that precedes it, row B + b of h0 and c0 (1) or row b (2). Then h0 and
+            c0 have 2 B rows.
 
     Returns:
         output [T, B, D * P] or [N, D * P], h_n [D, B, P], c_n [D, B, H], c of every step [D, N, H]
@@ -197,6 +233,7 @@ def layer(
     compute = compute_dtype(dtype)
     rows = _rows_of_steps(input, batch_sizes)
     batch = rows[0].stop
+    entering_rows = batch if resets is None else 2 * batch
     flat = input.reshape(-1, input.shape[-1]).to(compute)
     empty = input.new_empty(0)
     per_group: list[tuple[Tensor, ...]] = []
@@ -207,11 +244,16 @@ def layer(
             hidden, size = w.hh.shape[0] // info.gates, w.hh.shape[1]
             b_ih, b_hh = (0 if b is None else b for b in (w.b_ih, w.b_hh))
             gates = _input_of_group(flat, w.ih, d) @ w.ih.T + b_ih
-            h = _initial(h0, d, flat, batch, size)
-            c = _initial(c0, d, flat, batch, hidden) if info.has_c else empty
+            first_h = _initial(h0, d, flat, entering_rows, size)
+            first_c = _initial(c0, d, flat, entering_rows, hidden) if info.has_c else empty
+            h, c = first_h[:batch], first_c[:batch]
             parts: list[tuple[Tensor, ...]] = []
-            for row in reversed(rows) if reverse else rows:
+            steps = list(zip(rows, _boundaries(resets, rows, reverse), strict=True))
+            for row, code in reversed(steps) if reverse else steps:
                 n = row.stop - row.start
+                if code is not None:
+                    h = torch.cat([_entering(h[:n], first_h, code), h[n:]])
+                    c = torch.cat([_entering(c[:n], first_c, code), c[n:]]) if info.has_c else c
                 x = list(gates[row].chunk(info.gates, -1))
                 r = list((h[:n] @ w.hh.T + b_hh).chunk(info.gates, -1))
                 new, saved = info.forward(x, r, State(h[:n], c[:n]))

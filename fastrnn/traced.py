@@ -21,13 +21,14 @@ from . import batching, derivatives, modes, reference
 # csrc/ops.cpp has the same.
 LAYER = (
     "layer(str cell, Tensor input, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, "
-    "int groups, int direction, bool save) "
+    "int groups, int direction, bool save, Tensor? resets=None) "
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)"
 )
 LAYER_BACKWARD = (
     "layer_backward(str cell, Tensor? doutput, Tensor? dh_n, Tensor? dc_n, Tensor input, "
     "Tensor output, Tensor cells, Tensor saved, Tensor[] weights, Tensor? h0, Tensor? c0, "
-    "Tensor? batch_sizes, int groups, int direction, int[] wanted) "
+    "Tensor? batch_sizes, int groups, int direction, int[] wanted, Tensor? resets=None, "
+    "Tensor? dcells=None) "
     "-> (Tensor dinput, Tensor[] dweights, Tensor dh0, Tensor dc0)"
 )
 
@@ -40,7 +41,7 @@ def describe(library: str) -> None:
     torch.library.register_fake(layer_backward, _layer_backward_fake)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return _layer_gradients(operators, ctx, *grads[:3])
+        return _layer_gradients(operators, ctx, *grads[:4])
 
     _register_derivative(operators.layer.default, backward, _keep_layer)
     _register_derivative(
@@ -82,20 +83,24 @@ _LIBRARIES: list[torch.library.Library] = []  # what they registered goes with t
 
 
 def _sizes(
-    cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None
+    cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, resets: Tensor | None
 ) -> tuple[Any, int, int, int]:
     """The cell, H, P and B."""
     info = reference.CELLS[cell]
-    batch = input.shape[1] if h0 is None else h0.shape[1]
+    if input.dim() == 3 or h0 is None:
+        batch = input.shape[1]
+    else:  # packed
+        batch = h0.shape[1] if resets is None else h0.shape[1] // 2
     return info, weights[1].shape[-2] // info.gates, weights[1].shape[-1], batch
 
 
 def _layer_fake(
     cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None,
     batch_sizes: Tensor | None, groups: int, direction: int, save: bool,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Shapes and dtypes of the results of ``layer``, for tensors without data."""
-    info, hidden, size, batch = _sizes(cell, input, weights, h0)
+    info, hidden, size, batch = _sizes(cell, input, weights, h0, resets)
     rows = math.prod(input.shape[:-1])
     compute = reference.compute_dtype(input.dtype)
     keeps = save and info.has_c
@@ -112,11 +117,12 @@ def _layer_backward_fake(
     cell: str, doutput: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, input: Tensor,
     output: Tensor, cells: Tensor, saved: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
     c0: Tensor | None, batch_sizes: Tensor | None, groups: int, direction: int,
-    wanted: Sequence[int],
+    wanted: Sequence[int], resets: Tensor | None = None, dcells: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
     """Shapes and dtypes of the results of ``layer_backward``, for tensors without data."""
-    _, hidden, size, batch = _sizes(cell, input, weights, h0)
-    shapes = [input.shape, [groups, batch, size], [groups, batch, hidden]]
+    _, hidden, size, batch = _sizes(cell, input, weights, h0, resets)
+    entering = batch if resets is None else 2 * batch
+    shapes = [input.shape, [groups, entering, size], [groups, entering, hidden]]
     made = [
         input.new_empty(shape if want else [0])
         for shape, want in zip(shapes, wanted[:3], strict=True)
@@ -129,43 +135,46 @@ def _layer_backward_fake(
 
 
 def _keep_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.cell, input, weights, h0, c0, batch_sizes, ctx.groups, ctx.direction, ctx.save = inputs
+    ctx.cell, input, weights, h0, c0, batch_sizes, *rest, resets = inputs
+    ctx.groups, ctx.direction, ctx.save = rest
     out, _, _, cells, saved = output
-    ctx.mark_non_differentiable(cells, saved)
+    ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, h0, c0, batch_sizes, out, cells, saved, *weights)
+    ctx.save_for_backward(input, h0, c0, batch_sizes, resets, out, cells, saved, *weights)
 
 
 def _layer_gradients(
-    operators: Any, ctx: Any, doutput: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
-) -> tuple[Any, ...]:
+    operators: Any, ctx: Any, doutput: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None,
+    dcells: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
     """The gradients of the arguments of ``layer``."""
-    input, h0, c0, batch_sizes, output, cells, saved, *weights = ctx.saved_tensors
-    if doutput is None and dh_n is None and dc_n is None:
-        return (None, None, [None] * len(weights), *(None,) * 6)
+    input, h0, c0, batch_sizes, resets, output, cells, saved, *weights = ctx.saved_tensors
+    if not reference.CELLS[ctx.cell].has_c:
+        dc_n = dcells = None
+    if doutput is None and dh_n is None and dc_n is None and dcells is None:
+        return (None, None, [None] * len(weights), *(None,) * 7)
     call = (h0, c0, batch_sizes, ctx.groups, ctx.direction)
     if not ctx.save:  # nobody knew of gradients: what they need is computed now
-        output, _, _, cells, saved = operators.layer(ctx.cell, input, weights, *call, True)
-    if not reference.CELLS[ctx.cell].has_c:
-        dc_n = None
+        output, _, _, cells, saved = operators.layer(ctx.cell, input, weights, *call, True, resets)
     needs = ctx.needs_input_grad
     of_input, of_weights, of_states = needs[1], list(needs[2]), needs[3:5]
     dinput, dweights, *dstates = operators.layer_backward(
         ctx.cell, doutput, dh_n, dc_n, input, output, cells, saved, weights, *call,
-        [int(want) for want in (of_input, *of_states, *of_weights)],
+        [int(want) for want in (of_input, *of_states, *of_weights)], resets, dcells,
     )  # fmt: skip
     return (
         None, dinput if of_input else None,
         [g if want else None for g, want in zip(dweights, of_weights, strict=True)],
         *(g if want else None for g, want in zip(dstates, of_states, strict=True)),
-        *(None,) * 4,
+        *(None,) * 5,
     )  # fmt: skip
 
 
 def _keep_layer_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    cell, *grads, input, _, _, _, weights, h0, c0, batch_sizes, groups, direction, wanted = inputs
+    cell, *grads, input, _, _, _, weights, h0, c0, batch_sizes, groups, direction = inputs[:-3]
+    wanted, resets, dcells = inputs[-3:]
     ctx.call = (cell, groups, direction, wanted)
-    ctx.save_for_backward(*grads, batch_sizes, input, h0, c0, *weights)
+    ctx.save_for_backward(*grads, dcells, batch_sizes, resets, input, h0, c0, *weights)
 
 
 def _second_gradients(
@@ -174,16 +183,18 @@ def _second_gradients(
     """The gradients of the arguments of ``layer_backward``: of the gradients it was given, and of
     the layer's own arguments."""
     cell, groups, direction, wanted = ctx.call
-    *grads, batch_sizes, input, h0, c0 = ctx.saved_tensors[:7]
-    weights = ctx.saved_tensors[7:]
+    *grads, batch_sizes, resets, input, h0, c0 = ctx.saved_tensors[:9]
+    weights = ctx.saved_tensors[9:]
     needs = ctx.needs_input_grad  # of the arguments of the operator, in their order
     found = derivatives.second_gradients(
-        derivatives.Call(cell, batch_sizes, groups, direction), grads, [input, h0, c0, *weights],
-        wanted, [of_input, *of_states, *of_weights],
-        [*needs[1:4], needs[4], *needs[9:11], *needs[8]],
+        derivatives.Call(cell, batch_sizes, groups, direction, resets), grads,
+        [input, h0, c0, *weights], wanted, [of_input, *of_states, *of_weights],
+        [*needs[1:4], needs[16], needs[4], *needs[9:11], *needs[8]],
     )  # fmt: skip
-    dgrads, (dinput, dh0, dc0, *dweights) = found[:3], found[3:]
-    return (None, *dgrads, dinput, None, None, None, dweights, dh0, dc0, None, None, None, None)
+    *dgrads, dcells, dinput, dh0, dc0 = found[:7]
+    return (
+        None, *dgrads, dinput, None, None, None, found[7:], dh0, dc0, *(None,) * 5, dcells
+    )  # fmt: skip
 
 
 __all__ = ["LAYER", "LAYER_BACKWARD", "describe"]

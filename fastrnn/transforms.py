@@ -19,7 +19,7 @@ from torch.autograd import Function
 from . import _ops, batching, derivatives, reference
 
 _functorch = torch._C._functorch
-_CALL = 5  # arguments before the tensors: backend, cell, batch_sizes, groups, direction
+_CALL = 6  # arguments before the tensors: backend, cell, batch_sizes, groups, direction, resets
 
 
 def layer(
@@ -27,13 +27,14 @@ def layer(
     weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, batch_sizes: Tensor | None,
     groups: int, direction: int,
 ) -> Any:  # fmt: skip
-    """Output, h_n and c_n under the innermost transform; ``below`` is the same outside of it."""
+    """Output, h_n and c_n under the innermost transform, without resets; ``below`` is the same
+    outside of it."""
     innermost = _functorch.peek_interpreter_stack()
     kind = innermost.key()
     call = (batch_sizes, groups, direction)
     if kind == _functorch.TransformType.Grad:
         leaves = (input, h0, c0, *weights)
-        return Layer.apply(backend, cell, *call, *leaves)[:3]
+        return Layer.apply(backend, cell, *call, None, *leaves)[:3]
     if kind != _functorch.TransformType.Vmap:
         raise RuntimeError(f"fastrnn has no rule for the transform {kind}")
     level, size = innermost.level(), _functorch.CVmapInterpreterPtr(innermost).batchSize()
@@ -60,42 +61,43 @@ def layer(
 
 
 class Layer(Function):
-    """Arguments: backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights. Results:
-    those of the operator."""
+    """Arguments: backend, cell, batch_sizes, groups, direction, resets, input, h0, c0, *weights.
+    Results: those of the operator."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights = arguments
+        backend, cell, batch_sizes, groups, direction, resets, input, h0, c0, *weights = arguments
         run = _ops.operators(backend).layer
         results: tuple[Tensor, ...] = run(
-            cell, input, weights, h0, c0, batch_sizes, groups, direction, True
+            cell, input, weights, h0, c0, batch_sizes, groups, direction, True, resets
         )
         return results
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend, ctx.cell, batch_sizes, ctx.groups, ctx.direction, *leaves = inputs
+        ctx.backend, ctx.cell, batch_sizes, ctx.groups, ctx.direction, resets, *leaves = inputs
         out, _, _, cells, saved = output
         ctx.mark_non_differentiable(cells, saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, out, cells, saved, *leaves)
+        ctx.save_for_backward(batch_sizes, resets, out, cells, saved, *leaves)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, output, cells, saved, *leaves = ctx.saved_tensors
-        call = derivatives.Call(ctx.cell, batch_sizes, ctx.groups, ctx.direction)
+        batch_sizes, resets, output, cells, saved, *leaves = ctx.saved_tensors
+        call = derivatives.Call(ctx.cell, batch_sizes, ctx.groups, ctx.direction, resets)
         kept = (output, cells, saved)
         wanted = ctx.needs_input_grad[_CALL:]
-        found = layer_gradients(ctx.backend, call, grads[:3], kept, leaves, wanted)
+        found = layer_gradients(ctx.backend, call, (*grads[:3], None), kept, leaves, wanted)
         return (*(None,) * _CALL, *found)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
-        backend, cell, batch_sizes, groups, direction, input, h0, c0, *weights = arguments
-        _, _, sizes_dim, _, _, input_dim, h_dim, c_dim, *weight_dims = in_dims
+        backend, cell, batch_sizes, groups, direction, resets, input, h0, c0, *weights = arguments
+        _, _, sizes_dim, _, _, _, input_dim, h_dim, c_dim, *weight_dims = in_dims
+        batching.refuse(resets)
 
         def run(cell: str, input: Tensor, weights: Any, h0: Any, c0: Any, *call: Any) -> Any:
-            return Layer.apply(backend, cell, *call, input, h0, c0, *weights)
+            return Layer.apply(backend, cell, *call, None, input, h0, c0, *weights)
 
         dims = (None, input_dim, weight_dims, h_dim, c_dim, sizes_dim)
         return batching.layer(
@@ -104,56 +106,57 @@ class Layer(Function):
 
 
 class LayerBackward(Function):
-    """Arguments: backend, cell, batch_sizes, groups, direction, wanted, doutput, dh_n, dc_n,
-    output, cells, saved, input, h0, c0, *weights. Results: the gradients of input, h0, c0 and
-    weights, [0] where not wanted (an integer each, see the operator)."""
+    """Arguments: backend, cell, batch_sizes, groups, direction, resets, wanted, doutput, dh_n,
+    dc_n, dcells, output, cells, saved, input, h0, c0, *weights. Results: the gradients of input,
+    h0, c0 and weights, [0] where not wanted (an integer each, see the operator)."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        backend, cell, batch_sizes, groups, direction, wanted, *tensors = arguments
-        *grads, output, cells, saved, input, h0, c0 = tensors[:9]
+        backend, cell, batch_sizes, groups, direction, resets, wanted, *tensors = arguments
+        *grads, dcells, output, cells, saved, input, h0, c0 = tensors[:10]
         dinput, dweights, dh0, dc0 = _ops.operators(backend).layer_backward(
-            cell, *grads, input, output, cells, saved, tensors[9:], h0, c0, batch_sizes, groups,
-            direction, list(wanted),
+            cell, *grads, input, output, cells, saved, tensors[10:], h0, c0, batch_sizes, groups,
+            direction, list(wanted), resets, dcells,
         )  # fmt: skip
         return dinput, dh0, dc0, *dweights
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.cell, batch_sizes, ctx.groups, ctx.direction, ctx.wanted, *tensors = inputs
+        _, ctx.cell, batch_sizes, ctx.groups, ctx.direction, resets, ctx.wanted, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, *tensors[:3], *tensors[6:])
+        ctx.save_for_backward(batch_sizes, resets, *tensors[:4], *tensors[7:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, *given = ctx.saved_tensors
-        call = derivatives.Call(ctx.cell, batch_sizes, ctx.groups, ctx.direction)
+        batch_sizes, resets, *given = ctx.saved_tensors
+        call = derivatives.Call(ctx.cell, batch_sizes, ctx.groups, ctx.direction, resets)
         needs = ctx.needs_input_grad[_CALL + 1 :]
         found = derivatives.second_gradients(
-            call, given[:3], given[3:], ctx.wanted, cotangents,
-            [*needs[:3], *needs[6:]],
+            call, given[:4], given[4:], ctx.wanted, cotangents,
+            [*needs[:4], *needs[7:]],
         )  # fmt: skip
         # What forward kept is not differentiated: the second derivative computes it anew.
-        return (*(None,) * (_CALL + 1), *found[:3], None, None, None, *found[3:])
+        return (*(None,) * (_CALL + 1), *found[:4], None, None, None, *found[4:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
-        backend, cell, batch_sizes, groups, direction, wanted, *tensors = arguments
+        backend, cell, batch_sizes, groups, direction, resets, wanted, *tensors = arguments
         dims = in_dims[_CALL + 1 :]
+        batching.refuse(resets, tensors[3])
 
         def run(cell: str, *rest: Any) -> Any:
             *tensors, weights, h0, c0, batch_sizes, groups, direction, wanted = rest
             doutput, dh_n, dc_n, input, output, cells, saved = tensors
             dinput, dh0, dc0, *dweights = LayerBackward.apply(
-                backend, cell, batch_sizes, groups, direction, tuple(wanted), doutput, dh_n, dc_n,
-                output, cells, saved, input, h0, c0, *weights,
+                backend, cell, batch_sizes, groups, direction, None, tuple(wanted), doutput, dh_n,
+                dc_n, None, output, cells, saved, input, h0, c0, *weights,
             )  # fmt: skip
             return dinput, dweights, dh0, dc0
 
         def in_order(own: Sequence[Any]) -> list[Any]:
             """As the operator takes them."""
-            *grads, output, cells, saved, input, h0, c0 = own[:9]
-            return [*grads, input, output, cells, saved, list(own[9:]), h0, c0]
+            *grads, _, output, cells, saved, input, h0, c0 = own[:10]
+            return [*grads, input, output, cells, saved, list(own[10:]), h0, c0]
 
         in_dims = (None, *in_order(dims), in_dims[2])
         given = (cell, *in_order(tensors), batch_sizes, groups, direction, wanted)
@@ -168,12 +171,12 @@ def layer_gradients(
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of the leaves that are wanted, differentiable. kept: output, cells and saved of
     the forward pass."""
-    doutput, dh_n, dc_n = grads
-    dc_n = dc_n if reference.CELLS[call.cell].has_c else None
-    if doutput is None and dh_n is None and dc_n is None:
+    if not reference.CELLS[call.cell].has_c:
+        grads = (*grads[:2], None, None)
+    if all(g is None for g in grads):
         return [None] * len(leaves)
     found = LayerBackward.apply(
-        backend, *call, tuple(map(int, wanted)), doutput, dh_n, dc_n, *kept, *leaves
+        backend, *call, tuple(map(int, wanted)), *grads, *kept, *leaves
     )
     return [g if want else None for g, want in zip(found, wanted, strict=True)]
 

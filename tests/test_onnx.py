@@ -273,6 +273,15 @@ class Packing(nn.Module):
         return self.body(pack_padded_sequence(input, torch.tensor([5, 3])))[1]
 
 
+class WithOptions(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.body, self.options = fastrnn.GRU(SIZE, H), options
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.body(input, **self.options)[0]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.utils._pytree")
 def test_what_onnx_cannot_say_is_refused() -> None:
     x = torch.randn(5, 2, SIZE)
@@ -280,6 +289,9 @@ def test_what_onnx_cannot_say_is_refused() -> None:
         (nn.Sequential(fastrnn.LSTM(SIZE, H, proj_size=2)), (x,), "0: the LSTM .* no projection"),
         (fastrnn.LSTM(SIZE, H), (pack_padded_sequence(x, torch.tensor([5, 3])),), "PackedSequence"),
         (Packing(), (x,), "PackedSequence"),
+        (WithOptions(resets=torch.zeros(5, 2).bool()), (x,), "nothing for resets"),
+        (WithOptions(lengths=torch.tensor([5, 3])), (x,), "nothing for lengths"),
+        (WithOptions(return_states=True), (x,), "nothing for return_states"),
         (Layer("gru", weights(2), 2, 0, False), (x,), "ensemble"),
         (Layer("gru", [w[None] for w in weights(1)], 1, 0, False), (x,), "ensemble"),
         (Layer("gru", [torch.stack([w] * 3) for w in weights(1)], 3, 0, False), (x,), "ensemble"),
@@ -296,6 +308,7 @@ def test_the_table_refuses_with_the_reason() -> None:
         (fastrnn.LSTM(SIZE, H, proj_size=2), (x,), "no projection"),
         (Layer("gru", weights(1), 1, 0, False), (torch.randn(5, SIZE), sizes), "PackedSequence"),
         (Layer("gru", weights(1), 1, 0, True), (x,), "training.*no_grad"),
+        (WithOptions(resets=torch.zeros(5, 2).bool()), (x,), "nothing for resets"),
     ):
         with pytest.raises(torch.onnx.OnnxExporterError, match=f"NotInOnnxError.*{reason}"):
             with_table(model.eval(), args)

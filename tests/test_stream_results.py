@@ -186,3 +186,33 @@ def test_another_thread_replaces_the_weights() -> None:
         done.set()
         for thread in threads:
             thread.join()
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_out_may_be_part_of_a_graph(engine: str, cell: str) -> None:
+    """With gradients enabled `out` is written as `copy_` writes, by frozen layers too."""
+    layer, _ = make(cell, 4, 6)
+    layer.requires_grad_(False)
+    x = torch.randn(3, 4)
+    layer(x[None])  # the short way is there now
+
+    def pair(t: Tensor) -> Any:
+        return (t, torch.zeros_like(t)) if cell == "lstm" else t
+
+    leaf = torch.zeros(1, 3, 6, requires_grad=True)
+    with pytest.raises(RuntimeError):
+        layer.step(x, None, pair(leaf))
+    written = leaf * 2
+    layer.step(x, None, pair(written))
+    written.sum().backward()
+    assert leaf.grad is not None
+    assert not leaf.grad.any()
+
+
+def test_gradients_enabled_inside_of_inference_mode(engine: str) -> None:
+    for batch_first in (False, True):
+        layer = fastrnn.GRU(4, 6, batch_first=batch_first)
+        with torch.inference_mode(), torch.enable_grad():
+            output, h_n = layer(torch.randn(3, 2, 4))
+            cell = fastrnn.GRUCell(4, 6)(torch.randn(2, 4))
+        assert not any(t.requires_grad for t in (output, h_n, cell))

@@ -254,3 +254,14 @@ def test_ensemble_of_modules(cell: str) -> None:
         assert error(losses[i].detach(), alone_loss.detach()) <= EPS[torch.float64]
         for name, parameter in alone.named_parameters():
             assert error(weights[name].grad[i], parameter.grad) <= EPS[torch.float64]
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("features", [1, 2, 3, 5])
+def test_inputs_of_other_sizes_are_refused(name: str, features: int) -> None:
+    """Inputs of 4 / S features, which side by side have those of one."""
+    layer = getattr(fastrnn, name)(4, 6)
+    stacked = {k: torch.randn(2, *p.shape) for k, p in layer.named_parameters()}
+    x = torch.randn(2, 5, 3, features)
+    with pytest.raises(RuntimeError, match=f"Expected 4, got {features}"):
+        torch.func.vmap(lambda p, q: torch.func.functional_call(layer, p, (q,))[0])(stacked, x)

@@ -7,7 +7,9 @@ struct BackwardScratch {
   int64_t dr_stride, dh_stride, dp_stride;
   S *packed_hh, *packed_hr;
   S *dr[2], *dh, *dc, *dp;  // panels: gradient of the recurrent pre-activations after and before a step, of h and c,
-  size_t bytes;             // and of the projected h
+                            // and of the projected h
+  S *dh0, *dc0;             // with resets: sums [D, K, stride] over the boundaries that a row of h0 and c0 entered by
+  size_t bytes;
 
   BackwardScratch(const ScanShape& a, int gates, char* base)
       : hh{a.P, 1, gates * a.H, Vec<S>::kLanes}, hr{a.H, 1, a.P, Vec<S>::kLanes} {
@@ -19,6 +21,8 @@ struct BackwardScratch {
     dh = arena.take<S>(a.D * a.B * dh_stride);
     dc = arena.take<S>(a.D * a.B * dh_stride);
     dp = arena.take<S>(a.projected ? a.D * a.B * dp_stride : 0);
+    dh0 = arena.take<S>(a.resets ? a.D * a.K() * dp_stride : 0);
+    dc0 = arena.take<S>(a.resets ? a.D * a.K() * dh_stride : 0);
     bytes = arena.used();
   }
 };
@@ -72,10 +76,13 @@ struct Backward {
   S* dh_row(int64_t b) const { return s.dh + (d * a.B + b) * s.dh_stride; }
   S* dc_row(int64_t b) const { return s.dc + (d * a.B + b) * s.dh_stride; }
   S* dp_row(int64_t b) const { return s.dp + (d * a.B + b) * s.dp_stride; }
+  S* dh0_row(int64_t k) const { return s.dh0 + (d * a.K() + k) * s.dp_stride; }
+  S* dc0_row(int64_t k) const { return s.dc0 + (d * a.K() + k) * s.dh_stride; }
 
   void run() {
     const int64_t b_begin = share.b_begin;
     int64_t n = b_begin;  // rows [b_begin, n) took part in the step run before
+    if (a.resets) begin_sums();
     for (int64_t step = a.T - 1; step >= 0; --step) {
       const int64_t t = a.reversed(d) ? a.T - 1 - step : step;
       int64_t active = a.active(t) < share.b_end ? a.active(t) : share.b_end;
@@ -85,8 +92,10 @@ struct Backward {
         n = active;
       }
       for (int64_t b = n; b < active; ++b) enter(b);
+      if (a.resets) cut_panels(t, n);
       if (a.projected) {
         products(b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+          if (a.resets) cut_products(t, b, rows, begin, end);
           projected_run(t, b, rows, begin, end, true);
         });
         runs(s.hh, units.begin, units.end, n, active, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
@@ -98,6 +107,7 @@ struct Backward {
         });
       } else {
         products(b_begin, n, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
+          if (a.resets) cut_products(t, b, rows, begin, end);
           cell_run(t, b, rows, s.hh, begin, end, true);
         });
         runs(s.hh, units.begin, units.end, n, active, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
@@ -108,6 +118,55 @@ struct Backward {
       now = 1 - now;
     }
     leave(b_begin, n);
+    if (a.resets) end_sums();
+  }
+
+  // The row of h0 and c0 that entered row b behind step t, the step run before; -1: the state of step t did.
+  int64_t entered_behind(int64_t t, int64_t b) const { return a.entering(d, a.reversed(d) ? t - 1 : t + 1, b); }
+
+  void begin_sums() {
+    for (int64_t b = share.b_begin; b < share.b_end; ++b)
+      for (const int64_t k : {b, a.B + b}) {
+        copy_row<S, S>(nullptr, units, dh0_row(k));
+        if (Cell::kHasC) copy_row<S, S>(nullptr, cell_units(), dc0_row(k));
+      }
+  }
+  void end_sums() {
+    for (int64_t b = share.b_begin; b < share.b_end; ++b)
+      for (const int64_t k : {b, a.B + b}) {
+        if (a.dh0) copy_row<T, S>(dh0_row(k), units, at<T>(a.dh0, (d * a.K() + k) * a.P));
+        if (a.dc0 && Cell::kHasC) copy_row<T, S>(dc0_row(k), cell_units(), at<T>(a.dc0, (d * a.K() + k) * a.H));
+      }
+  }
+
+  // Before step t: what rows [b_begin, end) hold of the gradient of the state behind it, at boundaries.
+  void cut_panels(int64_t t, int64_t end) {
+    for (int64_t b = share.b_begin; b < end; ++b) {
+      const int64_t k = entered_behind(t, b);
+      if (k < 0) continue;
+      if (!a.projected) move(dh_row(b), units, dh0_row(k));
+      if (Cell::kHasC) move(dc_row(b), cell_units(), dc0_row(k));
+    }
+  }
+
+  // The same of a run of products.
+  void cut_products(int64_t t, int64_t b0, int64_t rows, int64_t begin, int64_t end) {
+    const int64_t first = s.hh.first_vector(begin) * kLanes, row_sums = s.hh.columns(begin, end) * kLanes;
+    Part part(std::min(first + s.hh.vectors_in(begin, end) * kLanes, a.P));
+    part.first = first;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t k = entered_behind(t, b0 + i);
+      if (k >= 0) move(sums.data + i * row_sums - first, part, dh0_row(k));
+    }
+  }
+
+  // The units of a part, added to a sum; zeros stay.
+  static void move(S* source, const Part& part, S* sum) {
+    for (int64_t j = part.first; j < part.last; j += kLanes) {
+      const int n = part.last - j < kLanes ? static_cast<int>(part.last - j) : kLanes;
+      store(sum + j, load(sum + j, n) + load(source + j, n), n);
+      store(source + j, V(S(0)), n);
+    }
   }
 
   // sums = dr of the step run before * weight_hh, run by run
@@ -146,6 +205,7 @@ struct Backward {
 
   // Rows [first, last) have run their first step: the gradients of their initial states.
   void leave(int64_t first, int64_t last) {
+    if (a.resets) return leave_to_sums(first, last);
     for (int64_t b = first; Cell::kHasC && a.dc0 && b < last; ++b)
       copy_row<T, S>(dc_row(b), cell_units(), at<T>(a.dc0, (d * a.B + b) * a.H));
     if (a.dh0)
@@ -156,6 +216,24 @@ struct Backward {
         });
       });
   }
+
+  void leave_to_sums(int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t k = first_entry(b);
+      if (!a.projected) move(dh_row(b), units, dh0_row(k));
+      if (Cell::kHasC) move(dc_row(b), cell_units(), dc0_row(k));
+    }
+    if (!a.dh0) return;
+    products(first, last, [&](int64_t b0, int64_t rows, int64_t begin, int64_t end) {
+      for_vectors(s.hh, begin, end, rows, [&](int64_t i, int64_t j, int n, V product) {
+        S* sum = dh0_row(first_entry(b0 + i)) + j;
+        store(sum, load(sum, n) + product, n);
+      });
+    });
+  }
+
+  // The row of h0 and c0 that enters the first step of row b: in reverse no boundary lies before it.
+  int64_t first_entry(int64_t b) const { return a.reversed(d) ? b : a.entering(d, 0, b); }
 
   // Calls f(row of the run, first unit, units, sum) for every vector of a run.
   template <class F>
@@ -184,10 +262,9 @@ struct Backward {
 
   // The h that entered a step, units [first, last), to where the gradient of weight_hh finds it beside dr.
   void keep_before(int64_t t, int64_t b, int64_t first, int64_t last) {
-    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1;
-    const bool is_first = t_before < 0 || t_before >= a.T || b >= a.active(t_before);
+    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1, k = a.entering(d, t, b);
     const T* source =
-        is_first ? at<T>(a.h0, (d * a.B + b) * a.P) : at<T>(a.output, (a.row(t_before, b) * a.D + d) * a.P);
+        k >= 0 ? at<T>(a.h0, (d * a.K() + k) * a.P) : at<T>(a.output, (a.row(t_before, b) * a.D + d) * a.P);
     Part part(std::min(last, a.P));
     part.first = first;
     copy_row(source, part, at<T>(a.before, (d * a.N + a.row(t, b)) * a.P));
@@ -229,10 +306,10 @@ struct Backward {
     const int n = a.H - j < kLanes ? static_cast<int>(a.H - j) : kLanes;
     const auto get = [&](const auto* units) { return U::load(units, kLanes, n); };
     const auto put = [&](auto* units, W value) { U::store(units, value, kLanes, n); };
-    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1;
-    const bool first = t_before < 0 || t_before >= a.T || b >= a.active(t_before);
+    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1, k_before = a.entering(d, t, b);
+    const bool first = k_before >= 0;
     const int64_t data_row = a.row(t, b), row = d * a.N + data_row, row_before = first ? 0 : a.row(t_before, b);
-    const int64_t state = (d * a.B + b) * a.H + j;
+    const int64_t state = (d * a.K() + k_before) * a.H + j;
     W saved[A + 1], dx[G], dr[R + 1];
     for (int k = 0; k < A; ++k) saved[k] = get(at<T>(a.saved, (row * A + k) * a.H + j));
     W h_before(S(0)), h_after(S(0)), c_before(S(0)), c_after(S(0));
@@ -250,6 +327,7 @@ struct Backward {
         h_before = get(at<T>(a.h0, state));
     }
     W dh = multiplied ? U::load(product, kLanes, kLanes) : W(S(0)), dc = get(dc_row(b) + j);
+    if (Cell::kHasC && a.dcells) dc = dc + get(at<S>(a.dcells, row * a.H + j));
     if (!a.projected) {
       dh = dh + get(dh_row(b) + j);
       if (a.doutput) dh = dh + get(at<T>(a.doutput, (data_row * a.D + d) * a.H + j));

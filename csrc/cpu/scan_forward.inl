@@ -134,9 +134,10 @@ struct Forward {
     for (int64_t step = 0; step < a.T; ++step) {
       const int64_t t = time_of(step), active = active_end(t);
       if (step == chunk_end) input_products(step);
-      for (; n < active; ++n) enter(n);
+      for (; n < active; ++n) enter(t, n);
       for (; n > active; --n) leave(n - 1);
       if (n == share.b_begin) continue;
+      if (a.resets && step > 0) pass_boundaries(t, n);
       if (share.team) share.team->barrier();  // every unit of h[now] is there, and nobody reads h[1 - now] any more
       const int64_t b_begin = share.b_begin, count = n - b_begin;
       prepare_rows(hh, h_row(now, b_begin), s.h_stride, count);
@@ -233,10 +234,16 @@ struct Forward {
     });
   }
 
-  void enter(int64_t b) {
-    const Part h = a.projected ? Part(a.P) : units;
-    copy_row(at<T>(a.h0, (d * a.B + b) * a.P), h, h_row(now, b));
-    if (Cell::kHasC) copy_row(at<T>(a.c0, (d * a.B + b) * a.H), units, c_row(b));
+  void enter(int64_t t, int64_t b) {
+    const int64_t source = d * a.K() + a.entering(d, t, b);
+    copy_row(at<T>(a.h0, source * a.P), a.projected ? Part(a.P) : units, h_row(now, b));
+    if (Cell::kHasC) copy_row(at<T>(a.c0, source * a.H), units, c_row(b));
+  }
+
+  // Before step t: the states of rows [b_begin, end) whose own do not pass its boundary.
+  void pass_boundaries(int64_t t, int64_t end) {
+    for (int64_t b = share.b_begin; b < end; ++b)
+      if (a.entering(d, t, b) >= 0) enter(t, b);
   }
 
   void leave(int64_t b) {

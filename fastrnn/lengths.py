@@ -1,0 +1,183 @@
+"""Rows of different lengths in padded data [T, B, I], in any order.
+
+On the CPU the steps that exist are packed, so that no others are computed. Elsewhere, and where
+values cannot be looked at (torch.compile, torch.func), all steps run, padding as zeros; a boundary
+at each row's end lets the reverse direction begin there, and the states of the forward direction
+are taken from the steps in which the rows end. Nothing waits for the device.
+
+Dimension key: see layers.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import modes
+from .checks import LayerSpec
+from .reference import RESTART
+from .sequences import Boundaries, States
+
+if TYPE_CHECKING:
+    from .layers import Net
+
+Results = tuple[Tensor, Tensor, Tensor, States | None]
+
+
+def run(
+    net: Net, data: Tensor, hx: Any, boundaries: Boundaries | None, lengths: Tensor
+) -> Results:
+    """``net.run`` over rows of these lengths: output [T, B, D * P], zeros behind each row's end."""
+    _check(net.spec, data, lengths)
+    if data.is_cpu and not _is_symbolic():
+        _check_values(net.spec, data, lengths)
+        return _packed(net, data, hx, boundaries, lengths.cpu())
+    return _masked(net, data, hx, boundaries, lengths.to(data.device))
+
+
+def lengths_of_mask(
+    name: str, mask: Tensor, lengths: Tensor | None, batch_first: bool
+) -> Tensor:
+    """The lengths of rows whose steps a mask marks, bool [T, B] or [B, T]."""
+    if lengths is not None:
+        raise ValueError(f"{name}: lengths and mask were given")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+        raise TypeError(f"{name}: mask must be a bool tensor of 2 dimensions")
+    over_time = mask.transpose(0, 1) if batch_first else mask
+    if mask.is_cpu and not _is_symbolic() and (over_time[1:] & ~over_time[:-1]).any():
+        raise ValueError(f"{name}: mask must mark the first steps of each row, without gaps")
+    return over_time.sum(0)
+
+
+def _is_symbolic() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or modes.is_traced()
+    )
+
+
+def _check(spec: LayerSpec, data: Tensor, lengths: Any) -> None:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{spec.name}: lengths must be a Tensor, got {type(lengths).__name__}")
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{spec.name}: lengths must be integers, got {lengths.dtype}")
+    if lengths.shape != (data.shape[1],):
+        raise ValueError(
+            f"{spec.name}: lengths must have shape ({data.shape[1]},), got {tuple(lengths.shape)}"
+        )
+
+
+def _check_values(spec: LayerSpec, data: Tensor, lengths: Tensor) -> None:
+    if lengths.numel() == 0:
+        return
+    least, most = map(int, lengths.aminmax())
+    if least < 0 or most > data.shape[0]:
+        raise ValueError(
+            f"{spec.name}: lengths must be 0 to {data.shape[0]}, the steps of the input, "
+            f"got {least} to {most}"
+        )
+
+
+def _packed(
+    net: Net, data: Tensor, hx: Any, boundaries: Boundaries | None, lengths: Tensor
+) -> Results:
+    spec, (steps, batch) = net.spec, data.shape[:2]
+    lengths, order = lengths.long().sort(descending=True, stable=True)
+    order = order[: int((lengths > 0).sum())]
+    exists = lengths[: len(order)] > torch.arange(int(lengths[0]) if len(order) else 0)[:, None]
+    rows = (torch.arange(len(exists))[:, None] * batch + order)[exists]
+    hx = initial(spec, data, hx)
+    if len(order) == 0:
+        return _nothing(net, data, hx)
+    if boundaries is not None:
+        codes = boundaries.codes.reshape(-1).index_select(0, rows)
+        boundaries = Boundaries(codes, boundaries.states).of_rows(order)
+    own = tuple(s.index_select(1, order) for s in hx)
+    output, h_n, c_n, states = net.run(
+        data.flatten(0, 1).index_select(0, rows), exists.sum(1), own if spec.has_c else own[0],
+        boundaries,
+    )  # fmt: skip
+
+    def padded(packed: Tensor, dim: int) -> Tensor:
+        sizes = [*packed.shape[:dim], steps * batch, packed.shape[-1]]
+        whole = packed.new_zeros(sizes).index_copy(dim, rows, packed)
+        return whole.unflatten(dim, (steps, batch))
+
+    if states is not None:
+        states = states.map(lambda s: padded(s, 1))
+    last = [
+        s.to(n.dtype).index_copy(1, order, n)
+        for s, n in zip(hx, (h_n, c_n), strict=False)
+    ]
+    return padded(output, 0), last[0], last[1] if spec.has_c else c_n, states
+
+
+def initial(spec: LayerSpec, data: Tensor, hx: Any) -> tuple[Tensor, ...]:
+    """hx, or zeros: (h [L * D, B, P],) or (h, c [L * D, B, H])."""
+    if hx is not None:
+        return tuple(hx) if spec.has_c else (hx,)
+    sizes = (spec.output_size, spec.hidden_size)[: 1 + spec.has_c]
+    rows = spec.num_layers * spec.directions
+    return tuple(data.new_zeros(rows, data.shape[1], size) for size in sizes)
+
+
+def _nothing(net: Net, data: Tensor, hx: tuple[Tensor, ...]) -> Results:
+    """No row has a step."""
+    spec = net.spec
+    lead, D = data.shape[:2], spec.directions
+    # Part of the graph nevertheless, as if rows had run: the gradients are zeros.
+    nothing = [t.reshape(-1)[:0].sum() for t in (data, *net.weights)]
+    output = data.new_zeros(*lead, D * spec.output_size) + torch.stack(nothing).sum()
+    states = None
+    if net.return_states:
+        c = data.new_zeros(spec.num_layers, *lead, D * spec.hidden_size) if spec.has_c else None
+        states = States(output.expand(spec.num_layers, *output.shape).clone(), c)
+    return output, hx[0], hx[1] if spec.has_c else data.new_empty(0), states
+
+
+def _masked(
+    net: Net, data: Tensor, hx: Any, boundaries: Boundaries | None, lengths: Tensor
+) -> Results:
+    spec, steps = net.spec, data.shape[0]
+    is_wrong = (lengths < 0) | (lengths > steps)
+    lengths = lengths.long().clamp(0, steps)
+    t = torch.arange(steps, device=data.device)[:, None]
+    exists = (t < lengths)[..., None]
+    hx = initial(spec, data, hx)
+    codes = torch.where(t == lengths, RESTART, 0 if boundaries is None else boundaries.codes)
+    boundaries = Boundaries(codes.to(torch.uint8), boundaries and boundaries.states)
+    keeping = net._replace(return_states=True)
+    output, h_n, c_n, states = keeping.run(
+        data.masked_fill(~exists, 0), None, hx if spec.has_c else hx[0], boundaries
+    )
+    assert states is not None
+    wrong = is_wrong[:, None]
+
+    def ended(state: Tensor, last: Tensor, over_time: Tensor) -> Tensor:
+        """At each row's end: of the forward direction the state of its last step."""
+        D = spec.directions
+        width = last.shape[-1]
+        forward = over_time.unflatten(-1, (D, width))[..., 0, :]  # [L, T, B, width]
+        at = (lengths - 1).clamp(min=0)[None, None, :, None].expand(len(forward), 1, -1, width)
+        found = last.unflatten(0, (-1, D))
+        own = torch.cat([forward.gather(1, at), found[:, 1:]], 1).flatten(0, 1)
+        own = torch.where((lengths > 0)[:, None], own, state.to(own.dtype))
+        return own.masked_fill(wrong, float("nan"))
+
+    last = [
+        ended(s, n, over)
+        for s, n, over in zip(hx, (h_n, c_n), [s for s in states if s is not None], strict=False)
+    ]
+    kept = None
+    if net.return_states:
+        kept = states.map(lambda s: _padded(s, exists, wrong))
+    output = _padded(output, exists, wrong)
+    return output, last[0], last[1] if spec.has_c else c_n, kept
+
+
+def _padded(states: Tensor, exists: Tensor, is_wrong: Tensor) -> Tensor:
+    """[..., T, B, width]: zeros behind each row's end, NaN in rows of impossible lengths."""
+    return states.masked_fill(~exists, 0).masked_fill(is_wrong, float("nan"))

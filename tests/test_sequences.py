@@ -1,0 +1,432 @@
+"""Resets, lengths and the states of all steps, against their definition (pieces.py)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import hypothesis.strategies as st
+import pieces
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fastrnn
+from compare import check, engines, use_engine
+from fastrnn import lengths as rows_of_lengths
+
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn_tanh": ("RNN", {}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "lstm": ("LSTM", {}),
+    "lstm_proj": ("LSTM", {"proj_size": 3}),
+    "gru": ("GRU", {}),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+KINDS = ["dense", "lengths", "masked", "packed"]
+
+
+class Problem:
+    """Made-up data for one net: every tensor that a call may be given, in float64."""
+
+    def __init__(
+        self, cell: str, seed: int, T: int, B: int, I: int, H: int, layers: int,  # noqa: E741
+        bidirectional: bool, batch_first: bool, bias: bool, kind: str, frequency: float,
+        with_hx: bool, reset_rows: int,
+    ) -> None:  # fmt: skip
+        name, extra = CELLS[cell]
+        torch.manual_seed(seed)
+        self.module = getattr(fastrnn, name)(
+            I, H, num_layers=layers, bidirectional=bidirectional, batch_first=batch_first,
+            bias=bias, **extra,
+        ).double()  # fmt: skip
+        self.cell, self.kind, self.is_lstm = cell, kind, name == "LSTM"
+        self.batch_first = batch_first
+        self.input = torch.randn(T, B, I).double()
+        least = 1 if kind == "packed" else 0
+        varied = kind != "dense"
+        self.lengths = torch.randint(least, T + 1, (B,)).tolist() if varied else [T] * B
+        self.resets = torch.rand(T, B) < frequency
+        rows = layers * (2 if bidirectional else 1)
+        widths = [self.module.proj_size or H, H][: 1 + self.is_lstm]
+        self.with_hx, self.with_reset_hx = with_hx, reset_rows > 0
+        self.hx = [torch.randn(rows, B, w).double() for w in widths]
+        count = B if reset_rows > 1 else 1
+        self.reset_hx = [torch.randn(rows, count, w).double() for w in widths]
+
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """input, hx and reset_hx, leaves of a graph; zeros in place of what is not given."""
+        given = (self.input, *self.hx, *self.reset_hx)
+        n = len(self.hx)
+        found = [t.to(dtype).requires_grad_() for t in given]
+        hx, reset_hx = found[1 : 1 + n], found[1 + n :]
+        if not self.with_hx:
+            hx = [torch.zeros_like(s) for s in hx]
+        if not self.with_reset_hx:
+            reset_hx = [torch.zeros_like(s) for s in reset_hx]
+        return found[0], hx, reset_hx
+
+    def expected(
+        self, dtype: torch.dtype, cotangents: dict[str, Tensor], with_states: bool
+    ) -> dict[str, Tensor]:
+        module = self.module.to_torch().to(dtype)
+        input, hx, reset_hx = self.tensors(dtype)
+        batch = self.input.shape[1]
+        results = pieces.run(
+            module, input, tuple(hx), self.resets, tuple(s.expand(-1, batch, -1) for s in reset_hx),
+            self.lengths,
+        )  # fmt: skip
+        if not with_states:
+            results = {k: v for k, v in results.items() if not k.startswith("states")}
+        return self.with_gradients(module, results, cotangents, input, hx, reset_hx)
+
+    def got(
+        self, dtype: torch.dtype, cotangents: dict[str, Tensor], **options: Any
+    ) -> dict[str, Tensor]:
+        module = copy.deepcopy(self.module).to(dtype)
+        input, hx, reset_hx = self.tensors(dtype)
+        data, named = self._arguments(input)
+        if self.with_reset_hx:
+            named["reset_hx"] = self._state(reset_hx)
+        output, last, *states = module(
+            data, self._state(hx) if self.with_hx else None, **named, **options
+        )
+        last = last if isinstance(last, tuple) else (last,)
+        results = {"output": self._padded(output)}
+        results |= dict(zip(("h_n", "c_n"), last, strict=False))
+        for found in states:
+            results["states.h"] = self._over_time(found.h)
+            if found.c is not None:
+                results["states.c"] = self._over_time(found.c)
+        return self.with_gradients(module, results, cotangents, input, hx, reset_hx)
+
+    def _arguments(self, input: Tensor) -> tuple[Any, dict[str, Any]]:
+        data = input.transpose(0, 1) if self.batch_first else input
+        resets = self.resets.t() if self.batch_first else self.resets
+        if self.kind == "dense":
+            return data, {"resets": resets}
+        if self.kind != "packed":
+            return data, {"resets": resets, "lengths": torch.tensor(self.lengths)}
+        data, rows = (
+            pack_padded_sequence(t, torch.tensor(self.lengths), self.batch_first, False)
+            for t in (data, resets[..., None].to(torch.uint8))
+        )
+        return data, {"resets": rows.data[:, 0].bool()}
+
+    def _state(self, states: list[Tensor]) -> Any:
+        return tuple(states) if self.is_lstm else states[0]
+
+    def _padded(self, output: Any) -> Tensor:
+        if isinstance(output, PackedSequence):
+            return pad_packed_sequence(output, total_length=self.input.shape[0])[0]
+        return output.transpose(0, 1) if self.batch_first else output
+
+    def _over_time(self, states: Tensor) -> Tensor:
+        if self.kind != "packed":
+            return states.transpose(1, 2) if self.batch_first else states
+        packed = pack_padded_sequence(
+            self.input, torch.tensor(self.lengths), enforce_sorted=False
+        )
+        return torch.stack([self._padded(packed._replace(data=s)) for s in states])
+
+    def with_gradients(
+        self, module: nn.Module, results: dict[str, Tensor], cotangents: dict[str, Tensor],
+        input: Tensor, hx: list[Tensor], reset_hx: list[Tensor],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        leaves = {"input": input} | dict(module.named_parameters())
+        leaves |= {f"hx[{i}]": s for i, s in enumerate(hx) if s.requires_grad}
+        leaves |= {f"reset_hx[{i}]": s for i, s in enumerate(reset_hx) if s.requires_grad}
+        for name, result in results.items():
+            if name not in cotangents:
+                cotangents[name] = torch.randn_like(result, dtype=torch.float64)
+        total = sum((r.double() * cotangents[name]).sum() for name, r in results.items())
+        assert isinstance(total, Tensor)
+        if not total.requires_grad:  # no row has a step, and nothing else is asked
+            return results
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return results | {
+            f"d {name}": torch.zeros_like(leaf) if g is None else g
+            for (name, leaf), g in zip(leaves.items(), found, strict=True)
+        }
+
+
+def checked(problem: Problem, dtype: torch.dtype, **options: Any) -> None:
+    cotangents: dict[str, Tensor] = {}
+    with_states = "return_states" in options
+    exact = problem.expected(torch.float64, cotangents, with_states)
+    same = exact if dtype == torch.float64 else problem.expected(dtype, cotangents, with_states)
+    got = problem.got(dtype, cotangents, **options)
+    # Where no row has a step nothing has a gradient by definition; ours are zeros.
+    assert set(exact) == set(got) or not any(problem.lengths)
+    check({k: got[k] for k in exact}, same, exact)
+
+
+PROBLEMS = st.builds(
+    Problem, cell=st.sampled_from(sorted(CELLS)), seed=st.integers(0, 10**6), T=st.integers(1, 7),
+    B=st.integers(1, 5), I=st.integers(1, 5), H=st.sampled_from([4, 5, 9, 16]),
+    layers=st.integers(1, 2), bidirectional=st.booleans(), batch_first=st.booleans(),
+    bias=st.booleans(), kind=st.sampled_from(KINDS), frequency=st.sampled_from([0.0, 0.3, 1.0]),
+    with_hx=st.booleans(), reset_rows=st.integers(0, 2),
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", engines())
+@settings(
+    max_examples=25, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(problem=PROBLEMS)
+def test_pieces_run_as_if_alone(isa: str, dtype: torch.dtype, problem: Problem) -> None:
+    # Rounding to 16 bits moves steps of ReLU across its kink, where the derivative jumps.
+    assume(problem.cell != "rnn_relu" or dtype.itemsize > 2)
+    with pytest.MonkeyPatch.context() as patch, use_engine(isa):
+        if problem.kind == "masked":
+            patch.setattr(rows_of_lengths, "_is_symbolic", lambda: True)
+        checked(problem, dtype, return_states=True)
+
+
+def make(cell: str, kind: str, T: int = 9, B: int = 4, **options: Any) -> Problem:
+    settings: dict[str, Any] = {
+        "seed": 1, "T": T, "B": B, "I": 3, "H": 7, "layers": 2, "bidirectional": True,
+        "batch_first": False, "bias": True, "frequency": 0.3, "with_hx": True, "reset_rows": 1,
+    }  # fmt: skip
+    return Problem(cell=cell, kind=kind, **(settings | options))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("steps", [True, 1, 2, 4, 100])
+@pytest.mark.parametrize("kind", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_recomputed_segments(engine: str, cell: str, kind: str, steps: Any) -> None:
+    checked(make(cell, kind), torch.float64, recompute=steps)
+
+
+@pytest.mark.parametrize("kind", KINDS[:1] + KINDS[3:])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("H", [64, 100])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large(cell: str, kind: str, H: int, threads: int) -> None:
+    """Sizes at which threads share the hidden units or the rows; the same bits for any number."""
+    torch.set_num_threads(threads)
+    problem = make(cell, kind, T=40, B=2 if H == 64 else 40, H=H, layers=1)
+    for p in problem.module.parameters():
+        p.data.mul_(0.5)
+    checked(problem, torch.float64, return_states=True)
+
+
+def test_one_number_of_threads_or_another() -> None:
+    problem = make("gru", "dense", T=30, B=40, H=64)
+    cotangents: dict[str, Tensor] = {}
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(problem.got(torch.float32, cotangents, return_states=True))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_reset_at_the_start_replaces_hx(engine: str, cell: str) -> None:
+    problem = make(cell, "dense", layers=1, bidirectional=False)
+    module, x = problem.module, problem.input
+    resets = torch.zeros(x.shape[:2], dtype=torch.bool)
+    resets[0] = True
+    hx = problem._state([s.requires_grad_() for s in problem.hx])
+    output, _ = module(x, hx, resets=resets)
+    torch.testing.assert_close(output, module(x)[0])
+    output.sum().backward()
+    assert not any(s.grad.any() for s in problem.hx)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", KINDS[:1] + KINDS[3:])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "lstm_proj", "gru"])
+def test_second_derivatives(engine: str, cell: str, kind: str) -> None:
+    problem = make(cell, kind, T=3, B=2, H=4, layers=1)
+    module = problem.module
+
+    def run(x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        n = len(problem.hx)
+        data, named = problem._arguments(x)
+        output, last, states = module(
+            data, problem._state(list(state[:n])), return_states=True, **named,
+            reset_hx=problem._state(list(state[n:])),
+        )  # fmt: skip
+        last = last if isinstance(last, tuple) else (last,)
+        return (problem._padded(output), *last, *(s for s in states if s is not None))
+
+    given = [t.requires_grad_() for t in (problem.input, *problem.hx, *problem.reset_hx)]
+    assert torch.autograd.gradcheck(run, given)
+    assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
+
+
+def test_recomputed_twice_is_refused() -> None:
+    layer, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3, requires_grad=True)
+    output = layer(x, recompute=2)[0]
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(output.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_compiled(cell: str, dynamic: bool) -> None:
+    torch.compiler.reset()
+    problem = make(cell, "lengths")
+    module, x = problem.module, problem.input
+    named = {
+        "resets": problem.resets, "lengths": torch.tensor(problem.lengths), "return_states": True,
+        "reset_hx": problem._state(problem.reset_hx),
+    }  # fmt: skip
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for run in (module, compiled):
+        module.zero_grad()
+        output, last, states = run(x, **named)
+        (output.sum() + states.h.square().sum()).backward()
+        flat = [output, *(last if isinstance(last, tuple) else (last,)), *states]
+        found = [t for t in (*flat, *(p.grad for p in module.parameters())) if t is not None]
+        if run is module:
+            expected = [t.detach().clone() for t in found]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_under_torch_func_the_reference_runs() -> None:
+    layer, x = fastrnn.GRU(3, 4).double(), torch.randn(2, 5, 3, 3).double()
+    resets = torch.rand(5, 3) < 0.3
+    with pytest.warns(UserWarning, match="no rules of torch.func for resets"):
+        mapped = torch.func.vmap(lambda one: layer(one, resets=resets)[0])(x)
+    torch.testing.assert_close(mapped, torch.stack([layer(one, resets=resets)[0] for one in x]))
+
+
+def test_states_are_those_of_the_steps(engine: str) -> None:
+    layer = fastrnn.LSTM(3, 4, num_layers=2, batch_first=True)
+    x = torch.randn(2, 5, 3)
+    output, (h_n, c_n), states = layer(x, return_states=True)
+    assert states.h.shape == states.c.shape == (2, 2, 5, 4)
+    assert states.h[-1].equal(output)
+    torch.testing.assert_close(states.h[:, :, -1], h_n)
+    torch.testing.assert_close(states.c[:, :, -1], c_n)
+    alone = layer(x[0], return_states=True)[2]
+    assert alone.h.shape == alone.c.shape == (2, 5, 4)
+    gru = fastrnn.GRU(3, 4)(x.transpose(0, 1), return_states=True)[2]
+    assert gru.c is None
+    assert isinstance(gru, fastrnn.States)
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "resets int": ({"resets": torch.zeros(5, 2)}, TypeError, "resets must be a bool tensor"),
+    "resets list": ({"resets": [True]}, TypeError, "resets must be a Tensor, got list"),
+    "resets shape": ({"resets": torch.zeros(2, 5).bool()}, ValueError, r"shape \(5, 2\)"),
+    "resets long": ({"resets": torch.zeros(6, 2).bool()}, ValueError, r"shape \(5, 2\)"),
+    "resets device": (
+        {"resets": torch.zeros(5, 2, device="meta").bool()}, ValueError, "on the device",
+    ),
+    "reset_hx alone": ({"reset_hx": torch.zeros(1, 2, 4)}, ValueError, "without resets"),
+    "reset_hx rows": (
+        {"resets": torch.zeros(5, 2).bool(), "reset_hx": torch.zeros(1, 3, 4)}, RuntimeError,
+        r"reset_hx \(1, 2, 4\), got \[1, 3, 4\]",
+    ),
+    "reset_hx dtype": (
+        {"resets": torch.zeros(5, 2).bool(), "reset_hx": torch.zeros(1, 1, 4).double()},
+        RuntimeError, "reset_hx must have the dtype",
+    ),
+    "lengths float": ({"lengths": torch.ones(2)}, TypeError, "lengths must be integers"),
+    "lengths list": ({"lengths": [1, 2]}, TypeError, "lengths must be a Tensor"),
+    "lengths shape": ({"lengths": torch.ones(3).long()}, ValueError, r"shape \(2,\)"),
+    "lengths negative": ({"lengths": torch.tensor([-1, 2])}, ValueError, "0 to 5.*got -1 to 2"),
+    "lengths long": ({"lengths": torch.tensor([6, 2])}, ValueError, "0 to 5.*got 2 to 6"),
+    "recompute text": ({"recompute": "yes"}, TypeError, "recompute must be a bool or an int"),
+    "recompute 0": ({"recompute": 0}, ValueError, "at least 1 step, got 0"),
+    "recompute states": (
+        {"recompute": True, "return_states": True}, ValueError, "which recompute does not",
+    ),
+    "unknown": ({"rests": None}, TypeError, "rests"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments(engine: str, wrong: str) -> None:
+    options, error, text = WRONG[wrong]
+    layer = fastrnn.GRU(3, 4)
+    with pytest.raises(error, match=text):
+        layer(torch.randn(5, 2, 3), **options)
+    with pytest.raises(error, match=text):
+        fastrnn.functional.gru(torch.randn(5, 2, 3), list(layer.parameters()), **options)
+
+
+def test_lengths_beside_packed_are_refused() -> None:
+    packed = pack_padded_sequence(torch.randn(3, 2, 3), torch.tensor([3, 2]))
+    with pytest.raises(ValueError, match="beside those of a PackedSequence"):
+        fastrnn.GRU(3, 4)(packed, lengths=torch.tensor([1, 1]))
+
+
+def test_impossible_lengths_are_marked_where_values_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda: True)
+    output, h_n = fastrnn.GRU(3, 4)(torch.randn(5, 3, 3), lengths=torch.tensor([6, 2, -1]))
+    for result in (output, h_n):
+        assert result[:, [0, 2]].isnan().all()
+        assert not result[:, 1].isnan().any()
+
+
+def test_padding_may_hold_anything(engine: str) -> None:
+    layer, x = fastrnn.GRU(3, 4, bidirectional=True), torch.randn(5, 2, 3)
+    x[3:, 1] = float("nan")
+    x.requires_grad_()
+    output, _ = layer(x, lengths=torch.tensor([5, 3]))
+    output.sum().backward()
+    assert not output.isnan().any()
+    assert not output[3:, 1].any()
+    assert not any(p.grad.isnan().any() for p in layer.parameters())  # type: ignore[union-attr]
+    assert x.grad is not None
+    assert not x.grad[3:, 1].any()
+
+
+@pytest.mark.parametrize("cell", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cells_reset_rows(engine: str, cell: str) -> None:
+    module, x = getattr(fastrnn, cell)(3, 4), torch.randn(3, 3)
+    pair = cell == "LSTMCell"
+
+    def state(rows: int) -> Any:
+        return (torch.randn(rows, 4), torch.randn(rows, 4)) if pair else torch.randn(rows, 4)
+
+    def of_rows(s: Any, rows: Any) -> Any:
+        return tuple(t[rows] for t in s) if pair else s[rows]
+
+    hx, other = state(3), state(3)
+    reset = torch.tensor([True, False, True])
+    for behind in (None, other):
+        got = module(x, hx, reset=reset, reset_hx=behind)
+        kept = module(x[1:2], of_rows(hx, [1]))
+        begun = module(x[[0, 2]], None if behind is None else of_rows(behind, [0, 2]))
+        for one, carried, fresh in zip(
+            *((s if pair else (s,)) for s in (got, kept, begun)), strict=True
+        ):
+            torch.testing.assert_close(one[1:2], carried)
+            torch.testing.assert_close(one[[0, 2]], fresh)
+    torch.testing.assert_close(module(x, reset=reset), module(x))
+    with pytest.raises(TypeError, match="reset must be a bool tensor"):
+        module(x, hx, reset=torch.ones(3))
+    with pytest.raises(ValueError, match=r"reset must have shape \(3,\)"):
+        module(x, hx, reset=torch.ones(2).bool())
+    with pytest.raises(ValueError, match="without reset"):
+        module(x, hx, reset_hx=other)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_mask_of_steps(batch_first: bool) -> None:
+    layer, x = fastrnn.GRU(3, 4, batch_first=batch_first), torch.randn(5, 3, 3)
+    lengths = torch.tensor([5, 0, 2])
+    mask = torch.arange(5)[:, None] < lengths
+    data, marks = (t.transpose(0, 1) if batch_first else t for t in (x, mask))
+    for one, other in zip(layer(data, mask=marks), layer(data, lengths=lengths), strict=True):
+        assert one.equal(other)
+    with pytest.raises(ValueError, match="without gaps"):
+        layer(data, mask=~marks)
+    with pytest.raises(TypeError, match="mask must be a bool tensor"):
+        layer(data, mask=marks.float())
+    with pytest.raises(ValueError, match="lengths and mask"):
+        layer(data, mask=marks, lengths=lengths)
