@@ -55,6 +55,9 @@ constexpr const char* kKernels[] = {"step", "step-graph", "persistent-block", "p
 // Why a kernel, by its name, cannot run a pass; empty if it can.
 inline std::string why_not_kernel(const std::string& name, const PlanShape& s) {
   if (name == "step") return "";
+  const bool is_known = std::find(std::begin(kKernels), std::end(kKernels), name) != std::end(kKernels);
+  if (is_known && s.has_resets) return "it has no resets";
+  if (is_known && s.has_dcells) return "it takes no gradients of the cell states between steps";
   if (name == "step-graph") {
     const int64_t weights = s.D * s.weight_bytes();
     if (weights <= kMostProgramWeights) return "";

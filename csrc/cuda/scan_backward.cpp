@@ -6,7 +6,9 @@ namespace {
 class BackwardPass : StepPass<BackwardPass, BackwardTable> {
  public:
   BackwardPass(const ScanBackwardArgs& args, const Context& context)
-      : StepPass(args, context.step.backward, context, true), a(args) {}
+      : StepPass(args, has_boundaries(args) ? context.step.backward_of_panels : context.step.backward, context, true,
+                 args.dcells != nullptr),
+        a(args) {}
 
   void run() {
     BackwardArgs& cell = now.cell;
@@ -17,9 +19,10 @@ class BackwardPass : StepPass<BackwardPass, BackwardTable> {
   }
 
   // Rows beyond those of the step, and in the first step all, are multiplied too: what they hold is read by nobody.
-  template <class Cell, class Projection>
-  static void in_order(const Operands& of, bool projected, Cell cell, Projection projection) {
+  template <class Boundary, class Cell, class Projection>
+  static void in_order(const Operands& of, bool projected, Boundary boundary, Cell cell, Projection projection) {
     gemm(of.product, of.state, of.weight);
+    boundary();
     if (projected) {
       projection();
       gemm(of.inner_product, of.inner, of.projection);
@@ -29,6 +32,9 @@ class BackwardPass : StepPass<BackwardPass, BackwardTable> {
   static const Tensor& oriented(const Tensor& weight) { return weight; }
 
  private:
+  // Whether something lies between the steps.
+  static bool has_boundaries(const ScanBackwardArgs& args) { return args.resets || args.dcells; }
+
   // A product and a kernel per step.
   void run_steps() {
     BackwardArgs& cell = now.cell;
@@ -43,6 +49,7 @@ class BackwardPass : StepPass<BackwardPass, BackwardTable> {
     projection.dp = a.projected ? steps().inner.mutable_data_ptr() : nullptr;
     projection.dprojected = a.dprojected, projection.before = a.before, projection.dh0 = a.dh0;
 
+    if (has_boundaries(a)) return run_with_boundaries();
     for (int64_t t = a.T - 1; t >= -1; --t) {  // -1: the gradients of the initial states
       if (t < 0 && !a.dh0 && !a.dc0) break;
       const StepRows rows[2] = {rows_at(t, 0), rows_at(t, 1)};
@@ -50,6 +57,52 @@ class BackwardPass : StepPass<BackwardPass, BackwardTable> {
     }
     run_waiting();
     keep_steps();
+  }
+
+  // The same with a kernel at the boundary of each step, which keeps the sums of the gradients of initial states.
+  void run_with_boundaries() {
+    BackwardArgs& cell = now.cell;
+    const Tensor h_before = !has_c || a.before ? make(a.B, a.P, storage) : Tensor();
+    const Tensor c_before = has_c ? make(a.B, a.H, compute) : Tensor();
+    const Tensor dh_sum = zero_sum(a.dh0, a.P), dc_sum = zero_sum(a.dc0, a.H);
+    BackwardBoundaryArgs args{};
+    fill_boundary(args, a.h0, a.c0);
+    args.dh_n = a.dh_n, args.dc_n = a.dc_n, args.dcells = a.dcells, args.output = a.output, args.cells = a.cells;
+    args.product = steps().product.mutable_data_ptr(), args.product_rows = a.B;
+    args.dh = a.projected ? nullptr : cell.dh, args.dc = cell.dc;
+    args.h_before = pointer(h_before), args.c_before = pointer(c_before);
+    args.dh_sum = pointer(dh_sum), args.dc_sum = pointer(dc_sum);
+    cell.h0 = now.projection.h0 = args.h_before, cell.c_before = args.c_before, cell.c0 = nullptr;
+    cell.dh0 = cell.dc0 = now.projection.dh0 = nullptr;
+
+    for (int64_t t = a.T - 1; t >= -1; --t) {
+      if (t < 0 && !a.dh0 && !a.dc0) break;
+      StepRows rows[2];
+      for (int reverse : {0, 1}) {
+        args.rows[reverse] = rows[reverse] = rows_at(t, reverse), args.behind[reverse] = rows_at(t + 1, reverse);
+        rows[reverse].count_next = rows[reverse].count, rows[reverse].count_before = 0;  // as the kernel takes them
+      }
+      run_now(rows, args.most_rows(), [&] { on.step.backward_boundary(args, on.queue); });
+    }
+    finish_sum(dh_sum, a.dh0);
+    finish_sum(dc_sum, a.dc0);
+  }
+
+  static void* pointer(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+  // Zeros [D, K, width] for a gradient in the dtype that computes: in its own place where that is its dtype.
+  Tensor zero_sum(void* gradient, int64_t width) const {
+    if (!gradient) return {};
+    const int64_t K = a.K();
+    Tensor sum = storage == compute
+                     ? view(Array(gradient, storage), 0, {a.D, K, width}, {K * width, width, 1}, on.device.place())
+                     : make(K, width, compute);
+    torch::stable::zero_(sum);
+    return sum;
+  }
+  void finish_sum(const Tensor& sum, void* gradient) const {
+    if (gradient && storage != compute)
+      on.step.narrow({a.dtype, sum.const_data_ptr(), gradient, sum.numel()}, on.queue);
   }
 
   // A kernel for all steps.
@@ -70,15 +123,6 @@ class BackwardPass : StepPass<BackwardPass, BackwardTable> {
     GridBackwardArgs args{};
     args.cell = now.cell, args.steps = steps_on_device(offsets);
     GridSetup(plan, on, a.dtype, a.weight_hh, true).launch(args, a.T, on.grid.backward);
-  }
-
-  StepRows rows_at(int64_t step, int reverse) const {
-    StepRows rows{};
-    rows.count = count_of(step, reverse), rows.count_next = count_of(step + 1, reverse);
-    rows.count_before = count_of(step - 1, reverse);
-    if (rows.count > 0) rows.row = a.row(time_of(step, reverse), 0);
-    if (rows.count_before > 0) rows.row_before = a.row(time_of(step - 1, reverse), 0);
-    return rows;
   }
 
   const ScanBackwardArgs& a;

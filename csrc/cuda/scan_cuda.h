@@ -3,8 +3,8 @@
 //
 // Computes   csrc/scan.h: the cells along time, forward and backward, all groups of a step at once
 // Work       per step a product by weight_hh of all groups (torch's), then a kernel of step_kernels.h; with a
-//            projection one more of each. Or one kernel of block_kernels.h or grid_kernels.h. The products with
-//            weight_ih come before, for the steps of a chunk at once
+//            projection one more of each, with resets or dcells one more kernel. Or one kernel of block_kernels.h or
+//            grid_kernels.h. The products with weight_ih come before, for the steps of a chunk at once
 // Memory     torch's allocator: input products of a chunk (at most kChunkBytes of them, or of one step), panels of the
 //            states, and for several groups a copy of weight_hh that stands as one batch
 // Requires   arguments on one device, checked by ops.cpp; batch sizes in host memory

@@ -21,8 +21,9 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
     kernel == "persistent-grid" ? run_grid() : kernel == "persistent-block" ? run_blocks() : run_steps();
   }
 
-  template <class Cell, class Projection>
-  static void in_order(const Operands& of, bool projected, Cell cell, Projection projection) {
+  template <class Boundary, class Cell, class Projection>
+  static void in_order(const Operands& of, bool projected, Boundary boundary, Cell cell, Projection projection) {
+    boundary();
     gemm(of.product, of.state, of.weight);
     cell();
     if (!projected) return;
@@ -43,7 +44,13 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
     ProjectArgs& projection = now.projection;
     projection.product = a.projected ? steps().inner_product.mutable_data_ptr() : nullptr;
     projection.product_rows = a.B, projection.h = cell.h, projection.output = a.output, projection.h_n = a.h_n;
-    enter();
+    ForwardBoundaryArgs boundary{};
+    if (a.resets) {
+      fill_boundary(boundary, a.h0, a.c0);
+      boundary.h = cell.h, boundary.c = cell.c;
+    } else {
+      enter();
+    }
     int64_t chunk_end = 0;
     for (int64_t t = 0; t < a.T; ++t) {
       if (t == chunk_end) {
@@ -52,11 +59,15 @@ class ForwardPass : StepPass<ForwardPass, ForwardTable> {
       }
       StepRows rows[2] = {};
       for (int reverse : {0, 1}) {
-        rows[reverse].row = has_order(reverse) ? a.row(time_of(t, reverse), 0) : 0;
-        rows[reverse].count = count_of(t, reverse), rows[reverse].count_next = count_of(t + 1, reverse);
+        rows[reverse] = rows_at(t, reverse);
         rows[reverse].gates_row = rows[reverse].row - chunk_begin_[reverse];
       }
-      run_step(rows, most_rows(t));
+      if (!a.resets) {
+        run_step(rows, most_rows(t));
+        continue;
+      }
+      std::copy(rows, rows + 2, boundary.rows);
+      run_now(rows, most_rows(t), [&] { on.step.forward_boundary(boundary, on.queue); });
     }
     run_waiting();
     keep_steps();

@@ -41,6 +41,8 @@ struct PlanShape {
   int64_t P;                          // size of h: H, or of its projection
   bool tf32 = false;                  // products of float may be those of TF32
   bool is_backward = false;           // of the pass
+  bool has_resets = false;            // csrc/scan.h
+  bool has_dcells = false;
   GpuLimits gpu{};
 
   bool is_exact() const { return item_bytes == 4 && !tf32; }  // float without TF32

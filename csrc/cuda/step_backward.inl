@@ -1,29 +1,47 @@
 // The backward kernels of step_kernels.inl, which includes this file.
 
+// kOfPanel: the c that entered the step lies in c_before.
+template <class Cell, class T, int kUnits, bool kOfPanel>
+FASTRNN_FN void backward_step(const BackwardArgs& a, Thread thread) {
+  using S = Compute<T>;
+  const int64_t H = a.H / kUnits, b = thread.item / H, j = thread.item % H * kUnits, d = thread.group;
+  const StepRows rows = a.rows_of(d);
+  const BackwardCell<Cell, T, kUnits> cell(a, rows, {d, b, j});
+  const bool is_active = b < rows.count;
+  if (!is_active && !cell.continues) return;
+  S product[kUnits] = {};
+  if (a.projected || cell.continues) load<S, kUnits>(at<S>(a.product) + (d * a.product_rows + b) * a.H + j, product);
+  if (!is_active) return cell.leave(product);
+  auto given = cell.fetch();
+  if constexpr (kOfPanel) given.c_before = fetch<S, kUnits>(at<S>(a.c_before) + cell.state());
+  const auto result = cell.compute(given, product);
+  cell.store(given, result);
+  FASTRNN_UNROLL
+  for (int k = 0; k < Cell::kGates; ++k)
+    store<T, kUnits>(at<T>(a.dr) + ((d * a.B + b) * Cell::kGates + k) * a.H + j, result.dr(k));
+}
+
 template <class Cell, class T, int kUnits>
 struct Backward {
   BackwardArgs a;
 
-  FASTRNN_FN void operator()(Thread thread) const {
-    using S = Compute<T>;
-    const int64_t H = a.H / kUnits, b = thread.item / H, j = thread.item % H * kUnits, d = thread.group;
-    const StepRows rows = a.rows_of(d);
-    const BackwardCell<Cell, T, kUnits> cell(a, rows, {d, b, j});
-    const bool is_active = b < rows.count;
-    if (!is_active && !cell.continues) return;
-    S product[kUnits] = {};
-    if (a.projected || cell.continues) load<S, kUnits>(at<S>(a.product) + (d * a.product_rows + b) * a.H + j, product);
-    if (!is_active) return cell.leave(product);
-    const auto given = cell.fetch();
-    const auto result = cell.compute(given, product);
-    cell.store(given, result);
-    FASTRNN_UNROLL
-    for (int k = 0; k < Cell::kGates; ++k)
-      store<T, kUnits>(at<T>(a.dr) + ((d * a.B + b) * Cell::kGates + k) * a.H + j, result.dr(k));
-  }
+  FASTRNN_FN void operator()(Thread thread) const { backward_step<Cell, T, kUnits, false>(a, thread); }
   static constexpr int kWidth = kUnits;
   static bool is_aligned(const BackwardArgs& a) { return are_aligned(a, kUnits); }
 };
+
+// Behind BackwardBoundary, which has left everything in panels: for it every row continues, and the step is its first.
+// h0 is the panel of the h that entered; that of c is not in the dtype of c0, so cells with c read it from c_before.
+template <class Cell, class T, int kUnits>
+struct BackwardOfC {
+  BackwardArgs a;
+
+  FASTRNN_FN void operator()(Thread thread) const { backward_step<Cell, T, kUnits, true>(a, thread); }
+  static constexpr int kWidth = kUnits;
+  static bool is_aligned(const BackwardArgs& a) { return are_aligned(a, kUnits); }
+};
+template <class Cell, class T, int kUnits>
+using BackwardOfPanels = std::conditional_t<Cell::kHasC, BackwardOfC<Cell, T, kUnits>, Backward<Cell, T, kUnits>>;
 
 template <class T>
 struct BackwardProject {

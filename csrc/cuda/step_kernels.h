@@ -17,7 +17,7 @@ struct StepRows {
   int64_t row, count;
   // Rows that take part in the next step (forward), or that took part in the step run before (backward).
   int64_t count_next;
-  // Backward: the first data row of the time step before this one, and how many rows have one.
+  // Backward and at boundaries: the first data row of the time step before this one, and how many rows have one.
   int64_t row_before, count_before;
   // Forward: the first row of the step in the input products.
   int64_t gates_row;
@@ -92,6 +92,7 @@ struct BackwardArgs : OneStep {
   void* dh;  // Compute [D, B, H] panel: the part of the gradient of h that does not pass through the product
   void* dc;  // Compute [D, B, H] panel
   void *dgates, *drecurrent, *unprojected, *before, *dh0, *dc0;
+  const void* c_before;  // Compute [D, B, H] panel: c that entered the step, at boundaries only
 };
 
 // Whether the arrays that may be a caller's begin at a multiple of `units` elements.
@@ -115,6 +116,44 @@ struct BackwardProjectArgs : OneStep {
   void* dp;  // Compute [D, dp_rows, P]
   int64_t dp_rows;
   void *dprojected, *before, *dh0;
+};
+
+// A step whose states may come from elsewhere than the step before it: ScanShape::entering of csrc/scan.h.
+struct BoundaryArgs : OneStep {
+  const uint8_t* resets;  // [N], or null
+  int64_t K;
+  const void *h0, *c0;  // Storage [D, K, P], [D, K, H], or null
+
+  FASTRNN_FN int64_t entering(const StepRows& step, int64_t d, int64_t b) const {
+    const bool reverse = reversed(d), first = b >= step.count_before;
+    int reset = kCarry;
+    if (resets && !(reverse && first)) reset = resets[(reverse ? step.row_before : step.row) + b];
+    return reset == kReset ? B + b : first || reset != kCarry ? b : -1;
+  }
+};
+
+// Before the product of a step: into the panels the states that enter it, of rows that do not go on with those of the
+// step before.
+struct ForwardBoundaryArgs : BoundaryArgs {
+  void *h, *c;  // as in ForwardArgs
+};
+
+// Behind the first product of a backward step. Where another state entered the step run before, its gradient leaves the
+// product and the panels for the sums of that state. Then they hold, for all rows of the step, the gradient of the
+// states after it, with dh_n and dc_n of a row's last step and dcells; and h_before and c_before what entered it.
+struct BackwardBoundaryArgs : BoundaryArgs {
+  StepRows behind[2];  // the step run before
+  const void *dh_n, *dc_n, *dcells, *output, *cells;
+  void* product;  // Compute [D, product_rows, P]
+  int64_t product_rows;
+  void *dh, *dc;              // as in BackwardArgs; dh: null in a projected pass
+  void *h_before, *c_before;  // panels: Storage [D, B, P], or null: not wanted; Compute [D, B, H]
+  void *dh_sum, *dc_sum;      // Compute [D, K, P] and [D, K, H], or null: not wanted
+
+  FASTRNN_FN StepRows behind_of(int64_t d) const {
+    if (reversed(d)) return behind[1];
+    return behind[0];
+  }
 };
 
 // The arguments of a program, in device memory: of the kernel of the cell, of that of the projection, and the rows of
@@ -162,6 +201,9 @@ struct StepKernels {
   void (*bias)(const BiasArgs&, Queue);
   PassKernels<ForwardTable> forward;
   PassKernels<BackwardTable> backward;
+  PassKernels<BackwardTable> backward_of_panels;  // behind backward_boundary; no programs
+  void (*forward_boundary)(const ForwardBoundaryArgs&, Queue);
+  void (*backward_boundary)(const BackwardBoundaryArgs&, Queue);
   void (*add)(const AddArgs&, Queue);
   void (*narrow)(const NarrowArgs&, Queue);
   int (*backward_units)(const BackwardArgs&);  // of a thread: 1 where an array of the caller begins at an odd element

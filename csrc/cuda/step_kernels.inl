@@ -1,9 +1,9 @@
 // The bodies of step_kernels.h, and the choice of their instance. Included by step_kernels.cu for GPUs, and by the
 // tests for the host.
 //
-// Computes   the cells of csrc/cells.h, one time step of all groups and rows
+// Computes   the cells of csrc/cells.h, one time step of all groups and rows, and what passes between two
 // Work       a thread: kUnits neighbouring hidden units of one row of one group (16 bytes of float; 1 where H is no
-//            multiple of that)
+//            multiple of that); at boundaries one
 // Memory     registers only; every value is read and written once, neighbouring threads beside one another
 // Requires   arrays aligned to kUnits elements, which torch's allocator and H % kUnits == 0 give; a caller's may begin
 //            anywhere, then kUnits is 1
@@ -18,6 +18,7 @@ namespace fastrnn::cuda {
 namespace {
 
 #include "step_backward.inl"
+#include "step_boundary.inl"
 #include "step_forward.inl"
 
 template <class S>
@@ -155,6 +156,11 @@ constexpr PassKernels<Table> pass_kernels() {
           launch_projection_of<Projection, Table>, write<Table>};
 }
 
+template <template <class> class Kernel, class Args>
+void launch_boundary(const Args& a, Queue queue) {
+  launch_dtype<Kernel>(a, a.most_rows() * std::max(a.H, a.P), a.D, queue);
+}
+
 void enter(const EnterArgs& a, Queue queue) {
   with_dtype(a.dtype, [&](auto* dtype) {
     using T = std::remove_pointer_t<decltype(dtype)>;
@@ -188,6 +194,10 @@ const StepKernels& step_kernels() {
                                     bias,
                                     pass_kernels<ForwardTable, Forward, Project>(),
                                     pass_kernels<BackwardTable, Backward, BackwardProject>(),
+                                    {launch_cell<BackwardOfPanels, BackwardTable>,
+                                     launch_projection<BackwardProject, BackwardTable>, nullptr, nullptr, nullptr},
+                                    launch_boundary<ForwardBoundary, ForwardBoundaryArgs>,
+                                    launch_boundary<BackwardBoundary, BackwardBoundaryArgs>,
                                     add,
                                     narrow_all,
                                     backward_units};

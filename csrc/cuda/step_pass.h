@@ -21,13 +21,14 @@ struct Operands {
 };
 
 // Derived has
-//   in_order(const Operands&, bool projected, cell, projection)   puts the products of a step on the queue, and calls
-//                                                                 what it is given for the kernels
-//   oriented(weight)                                              a weight as the product takes it
+//   in_order(const Operands&, bool projected, boundary, cell, projection)
+//                      puts the products of a step on the queue, and calls what it is given for the kernels
+//   oriented(weight)   a weight as the product takes it
 template <class Derived, class Table>
 class StepPass {
  protected:
-  StepPass(const ScanShape& shape, const PassKernels<Table>& pass_kernels, const Context& context, bool is_backward)
+  StepPass(const ScanShape& shape, const PassKernels<Table>& pass_kernels, const Context& context, bool is_backward,
+           bool has_dcells = false)
       : s(shape),
         kernels(pass_kernels),
         on(context),
@@ -41,6 +42,7 @@ class StepPass {
     check_report(on.report(false));
     plan = {s.cell, s.T, s.B, 0, s.H, s.D, item_size(storage), item_size(compute), s.P};
     plan.gpu = on.gpu, plan.is_backward = is_backward;
+    plan.has_resets = s.resets, plan.has_dcells = has_dcells;
     plan.tf32 = s.dtype == Dtype::kFloat && wants_tf32() && on.recorder && on.recorder->allows_tf32();
     const std::string reason = why_not_asked(on.asked.kernel, plan);
     STD_TORCH_CHECK(reason.empty(), "fastrnn: FASTRNN_CUDA_KERNEL=", on.asked.kernel, " cannot be met: ", reason);
@@ -94,9 +96,20 @@ class StepPass {
   }
   const StepMemory& steps() const { return *memory_; }
 
+  // A step, now. `boundary` is called where in_order says.
+  template <class Boundary>
+  void run_now(const StepRows (&rows)[2], int64_t count, Boundary boundary) {
+    if (count != last_count_) last_operands_ = operands(count), last_count_ = count;
+    std::copy(rows, rows + 2, now.cell.rows);
+    std::copy(rows, rows + 2, now.projection.rows);
+    Derived::in_order(
+        last_operands_, s.projected, boundary, [&] { kernels.cell(now, on.queue); },
+        [&] { kernels.projection(now, on.queue); });
+  }
+
   // A step, now or with others that follow it. `count`: the most rows of the operands that any group needs.
   void run_step(const StepRows (&rows)[2], int64_t count) {
-    if (key_.empty()) return run_now(rows, count);
+    if (key_.empty()) return run_now(rows, count, [] {});
     std::copy(rows, rows + 2, now.rows[waiting_]);
     counts_[waiting_] = count;
     if (++waiting_ == kProgramSteps) run_waiting();
@@ -107,7 +120,7 @@ class StepPass {
     const int count = waiting_;
     waiting_ = 0;
     if (count < kFewSteps) {
-      for (int i = 0; i < count; ++i) run_now(now.rows[i], counts_[i]);
+      for (int i = 0; i < count; ++i) run_now(now.rows[i], counts_[i], [] {});
       return;
     }
     Table* const table = static_cast<Table*>(memory_->table.mutable_data_ptr());
@@ -132,6 +145,19 @@ class StepPass {
     return step < 0 || step >= s.T || !has_order(reverse) ? 0 : s.active(time_of(step, reverse));
   }
   int64_t most_rows(int64_t step) const { return std::max(count_of(step, 0), count_of(step, 1)); }
+  StepRows rows_at(int64_t step, int reverse) const {
+    StepRows rows{};
+    rows.count = count_of(step, reverse), rows.count_next = count_of(step + 1, reverse);
+    rows.count_before = count_of(step - 1, reverse);
+    if (rows.count > 0) rows.row = s.row(time_of(step, reverse), 0);
+    if (rows.count_before > 0) rows.row_before = s.row(time_of(step - 1, reverse), 0);
+    return rows;
+  }
+
+  void fill_boundary(BoundaryArgs& args, const void* h0, const void* c0) const {
+    fill(args);
+    args.resets = s.resets, args.K = s.K(), args.h0 = h0, args.c0 = c0;
+  }
 
   const ScanShape& s;
   const PassKernels<Table>& kernels;
@@ -202,20 +228,12 @@ class StepPass {
     return found;
   }
 
-  void run_now(const StepRows (&rows)[2], int64_t count) {
-    if (count != last_count_) last_operands_ = operands(count), last_count_ = count;
-    std::copy(rows, rows + 2, now.cell.rows);
-    std::copy(rows, rows + 2, now.projection.rows);
-    Derived::in_order(
-        last_operands_, s.projected, [&] { kernels.cell(now, on.queue); }, [&] { kernels.projection(now, on.queue); });
-  }
-
   Recorder::Steps program_steps(const Table* table) const {
     // What is captured outlives the pass.
     return [all = operands(s.B), like = now, &kernels = kernels, table](Queue queue) {
       for (int step = 0; step < kProgramSteps; ++step)
         Derived::in_order(
-            all, like.cell.projected, [&] { kernels.cell_of(like, table, step, queue); },
+            all, like.cell.projected, [] {}, [&] { kernels.cell_of(like, table, step, queue); },
             [&] { kernels.projection_of(like, table, step, queue); });
     };
   }
