@@ -44,7 +44,7 @@ endif
 
 # All tests are two runs side by side: of the GPU kernels on the host, and of everything else. Threads
 # that wait leave the processor to the other run.
-KERNEL_TESTS := tests/gpu tests/triton_backend tests/test_bench_gpu.py
+KERNEL_TESTS := tests/gpu tests/triton_backend tests/test_bench_gpu.py tests/test_cuda_resets.py
 KERNEL_REPORT := build/kernel-tests.txt
 test: export OMP_WAIT_POLICY := passive
 

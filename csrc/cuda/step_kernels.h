@@ -118,7 +118,8 @@ struct BackwardProjectArgs : OneStep {
   void *dprojected, *before, *dh0;
 };
 
-// A step whose states may come from elsewhere than the step before it: ScanShape::entering of csrc/scan.h.
+// A step whose states may come from elsewhere than the step before it: ScanShape::entering of csrc/scan.h. Nobody has
+// checked what resets hold: everything else is a kRestart.
 struct BoundaryArgs : OneStep {
   const uint8_t* resets;  // [N], or null
   int64_t K;
