@@ -5,6 +5,7 @@
     python -m bench.sweep lengths   T up to 10,000 and B up to 256: whether time grows in proportion
     python -m bench.sweep stream    one step at a time, against the floor and cells of other kinds
     python -m bench.sweep transforms   whole calls of a tiny module, ensembles, gradients of samples
+    python -m bench.sweep sequences    resets, lengths and recomputation, in training
 
 Each takes [--cell ...] [--threads N] [--json FILE] [--out PICTURE] [--quick].  As in bench.run,
 fastrnn's results are checked before they are timed (a point that breaks the rule is red, and the
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import sweep_layers, sweep_plot, sweep_stream, sweep_transforms
+from bench import sweep_layers, sweep_plot, sweep_sequences, sweep_stream, sweep_transforms
 from bench.cases import CELLS
 from bench.environment import announce, environment
 from bench.measure import pinned
@@ -50,6 +51,9 @@ SWEEPS = {
     "stream": Sweep(sweep_stream.plan, sweep_stream.line, sweep_stream.conclude),
     "transforms": Sweep(
         sweep_transforms.plan, sweep_transforms.line, sweep_transforms.conclude
+    ),
+    "sequences": Sweep(
+        sweep_sequences.plan, sweep_sequences.line, sweep_sequences.conclude
     ),
 }
 

@@ -159,4 +159,5 @@ DRAW: dict[str, Callable[[Any, list[Row]], None]] = {
     "lengths": draw_lengths,
     "stream": draw_stream,
     "transforms": draw_transforms,
+    "sequences": draw_transforms,
 }
