@@ -24,19 +24,25 @@ class BackwardPass(Pass):
         self, p: Problem, grads: Sequence[Tensor | None], kept: Sequence[Tensor],
         h0: Tensor | None, c0: Tensor | None,
     ) -> None:  # fmt: skip
-        super().__init__(p)
-        doutput, dh_n, dc_n = grads
+        doutput, dh_n, dc_n, dcells = grads
+        super().__init__(p, dcells is not None)
         output, cells, saved = kept
         p.check(doutput, "doutput", [*p.leading, p.D * p.P])
         p.check(output, "output", [*p.leading, p.D * p.P])
         p.check(cells, "cells", [p.D, p.N, p.H] if p.info.has_c else [0], p.compute)
         p.check(saved, "saved", [p.D, p.N, p.A * p.H])
+        p.check(dcells, "dcells", [p.D, p.N, p.H], p.compute)
         self.doutput = None if doutput is None else doutput.contiguous()
+        self.dcells = None if dcells is None else dcells.contiguous()
         self.output, self.cells, self.saved = (t.contiguous() for t in kept)
-        self.h0 = p.state(h0, "h0", p.P, p.dtype)
-        self.c0 = p.state(c0, "c0", p.H, p.dtype) if p.info.has_c else self.h0
+        self.h0 = p.state(h0, "h0", p.P, p.dtype, p.K)
+        self.c0 = p.state(c0, "c0", p.H, p.dtype, p.K) if p.info.has_c else self.h0
         self.dh = p.state(dh_n, "dh_n", p.P, p.compute)
         self.dc = p.state(dc_n, "dc_n", p.H, p.compute) if p.info.has_c else self.dh
+        self.dh0, self.dc0 = self.dh, self.dc
+        if p.resets is not None:
+            self.dh0, self.dc0 = (s.new_zeros(p.D, p.K, s.shape[-1]) for s in (self.dh, self.dc))
+            self.before = p.make(p.D, p.N, p.P)  # the h that entered each step
         self.dgates = p.make(p.D, p.N, p.G * p.H)
         self.drecurrent = p.make(p.D, p.N, p.G * p.H) if p.R else self.dgates
         self.dprojected = p.make(p.D, p.N, p.P) if p.projected else self.dgates
@@ -70,6 +76,9 @@ class BackwardPass(Pass):
         given = self.common()
         gates = self.launch(
             steps.gates_backward, product=product, inner=inner, unprojected=self.unprojected,
+            dcells=self.cells if self.dcells is None else self.dcells,
+            resets=self.h0 if p.resets is None else p.resets,
+            HAS_DCELLS=self.dcells is not None, HAS_RESETS=p.resets is not None,
             N=p.N, H=p.H, PROJECTED=p.projected, **given,
         )  # fmt: skip
         project = self.launch(
@@ -77,23 +86,29 @@ class BackwardPass(Pass):
             projected=projected, dprojected=self.dprojected, N=p.N, P=p.P,
             HAS_DOUTPUT=self.doutput is not None,
         )  # fmt: skip
+        enter = None
+        if p.resets is not None:
+            enter = self.launch(
+                steps.enter_backward, resets=p.resets, output=self.output, h0=self.h0,
+                product=product, dh=self.dh, dc=self.dc, dh0=self.dh0, dc0=self.dc0,
+                before=self.before, N=p.N, P=p.P, H=p.H, HAS_C=p.info.has_c,
+            )  # fmt: skip
         products, inner_heads, projected_heads = Heads(product), Heads(inner), Heads(projected)
         for s in reversed(range(p.T)):
-            rows, before, counts = self.rows(s), self.rows(s - 1), self.counts(s)
+            rows, before, counts = self.rows(s), self.rows_before(s), self.counts(s)
             if p.projected:
                 project(self.step_grid(max(counts), p.P), **rows)
                 for d, result in enumerate(inner_heads(counts)):
                     multiply(result, projected_heads(counts)[d], projections[d])
-            gates(
-                self.step_grid(max(counts), p.H), **rows,
-                before0=before["row0"], before1=before["row1"],
-                count_before0=before["count0"], count_before1=before["count1"],
-            )  # fmt: skip
+            gates(self.step_grid(max(counts), p.H), **rows, **before)
             if s > 0 or wants_states:
                 for d, result in enumerate(products(counts)):
                     row = p.row(s, self.reverse[d])
                     multiply(result, self.drecurrent[d, row : row + counts[d]], p.groups[d].hh)
-        self.dh += product
+            if enter is not None:
+                enter(self.step_grid(max(counts), max(p.P, p.H)), **rows, **before)
+        if enter is None:
+            self.dh += product
 
     # The gradients of group d, from those of its products along time; of a weight, where parts > 1,
     # one for each of so many equal parts of the batch [parts, ...].
@@ -155,6 +170,8 @@ class BackwardPass(Pass):
 
     def states_before(self, d: int) -> Tensor:
         """The h that entered each row of data [N, P]."""
+        if self.p.resets is not None:
+            return self.before[d]
         p, h = self.p, self.output.view(self.p.N, self.p.D, self.p.P)[:, d]
         reverse = p.reverse(d)
         if not p.packed:

@@ -25,9 +25,13 @@ class ForwardPass(Pass):
         super().__init__(p)
         self.input, self.save = input.contiguous().view(p.N, p.M, p.I), save
         self.output = p.make(*p.leading, p.D * p.P)
-        self.h = p.state(h0, "h0", p.P, p.dtype)
+        self.h0 = p.state(h0, "h0", p.P, p.dtype, p.K)
         keeps = save and p.info.has_c
-        self.c = p.state(c0, "c0", p.H, p.compute) if p.info.has_c else p.make(0)
+        self.c0 = p.state(c0, "c0", p.H, p.compute, p.K) if p.info.has_c else p.make(0)
+        self.h, self.c = self.h0, self.c0
+        if p.resets is not None:  # what h0 and c0 hold enters with each step
+            self.h = p.make(p.D, p.B, p.P)
+            self.c = p.make(p.D, p.B, p.H, dtype=p.compute) if p.info.has_c else self.c0
         self.cells = p.make(*((p.D, p.N, p.H) if keeps else (0,)), dtype=p.compute)
         self.saved = p.make(*((p.D, p.N, p.A * p.H) if save else (0,)))
         row_bytes = p.D * p.G * p.H * p.compute.itemsize
@@ -89,6 +93,12 @@ class ForwardPass(Pass):
         project = self.launch(
             steps.project_forward, projected=projected, h=self.h, output=self.output, P=p.P
         )
+        enter = None
+        if p.resets is not None:
+            enter = self.launch(
+                steps.enter_forward, resets=p.resets, h0=self.h0, c0=self.c0, h=self.h, c=self.c,
+                P=p.P, H=p.H, HAS_C=p.info.has_c,
+            )  # fmt: skip
         products, states = Heads(product), Heads(self.h)
         inner_heads, projected_heads = Heads(inner), Heads(projected)
         chunk_end = 0
@@ -97,6 +107,9 @@ class ForwardPass(Pass):
             if s == chunk_end:
                 chunk_end, begins = self.input_products(s)
             rows, counts = self.rows(s), self.counts(s)
+            if enter is not None:
+                grid = self.step_grid(max(counts), max(p.P, p.H))
+                enter(grid, **rows, **self.rows_before(s))
             for d, result in enumerate(products(counts)):
                 multiply(result, states(counts)[d], weights[d])
             gates(self.step_grid(max(counts), p.H), **rows, **begins)

@@ -74,6 +74,20 @@ def first_row(PACKED: tl.constexpr, offsets, t, B):
 
 
 @triton.jit
+def place_of_entry(
+    resets, reverse, b, row, count0, count1, before0, before1, count_before0, count_before1, B
+):
+    """With resets: rows of the step before, whether their states enter this step, and otherwise the
+    rows of h0 and c0 whose states do. Codes above 2 count as 2."""
+    row_before = tl.where(reverse, before1, before0).to(tl.int64) + b
+    has_before = b < tl.where(reverse, count_before1, count_before0)
+    has_code = tl.where(reverse, has_before, b < tl.where(reverse, count1, count0))
+    at = tl.where(reverse, row_before, row)
+    reset = tl.load(resets + at, mask=has_code, other=0)
+    return row_before, has_before & (reset == 0), tl.where(reset == 1, B + b, b)
+
+
+@triton.jit
 def load(COMPUTE: tl.constexpr, pointers, mask):
     return tl.load(pointers, mask=mask, other=0.0).to(COMPUTE)
 

@@ -26,13 +26,14 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(facts.multi_processor_count, facts.shared_memory_per_block_optin)
 
 
-def plan_of(p: Problem) -> Plan:
+def plan_of(p: Problem, has_dcells: bool = False) -> Plan:
     item = p.dtype.itemsize
     no_products = ""
     if interpreted and p.dtype == torch.bfloat16:
         no_products = "Triton's interpreter does not support products of bfloat16"
     tf32 = p.dtype == torch.float32 and allows_tf32(p.device)
-    shape = Shape(p.G, p.B, p.H, p.D, item, p.projected, tf32, no_products)
+    only_steps = "resets" if p.resets is not None else "gradients of cells" * has_dcells
+    shape = Shape(p.G, p.B, p.H, p.D, item, p.projected, tf32, no_products, only_steps)
     asked = asked_kernel()
     try:
         return make_plan(shape, gpu_of(p.device), asked)
@@ -60,8 +61,8 @@ def asked_kernel() -> str:
 class Pass:
     """What a forward and a backward pass have in common."""
 
-    def __init__(self, p: Problem) -> None:
-        self.p, self.plan = p, plan_of(p)
+    def __init__(self, p: Problem, has_dcells: bool = False) -> None:
+        self.p, self.plan = p, plan_of(p, has_dcells)
         self.reverse = [p.reverse(d) for d in range(p.D)]
         self.tf32 = p.dtype == torch.float32 and allows_tf32(p.device)
         self.type = compute_type(p.compute)
@@ -112,6 +113,14 @@ class Pass:
         return {
             "row0": forward[step], "row1": reverse[step],
             "count0": counts[step], "count1": reverse_counts[step],
+        }  # fmt: skip
+
+    def rows_before(self, step: int) -> dict[str, int]:
+        """Those of the step before it."""
+        rows = self.rows(step - 1)
+        return {
+            "before0": rows["row0"], "before1": rows["row1"],
+            "count_before0": rows["count0"], "count_before1": rows["count1"],
         }  # fmt: skip
 
     def counts(self, step: int) -> list[int]:

@@ -73,6 +73,7 @@ class Shape:
     projected: bool
     tf32: bool
     no_products: str = ""  # why kernels cannot multiply these numbers; empty if they can
+    only_steps: str = ""  # what is given that only kernels of one step take; empty if nothing is
 
 
 def shared_bytes(s: Shape) -> int:
@@ -90,6 +91,8 @@ def why_not(kernel: str, s: Shape, gpu: Gpu) -> str | None:
     """Why a kernel cannot run a layer at all; None if it can."""
     if kernel == "step":
         return None
+    if s.only_steps:
+        return f"{kernel}: only kernels of one step take {s.only_steps}"
     if s.projected:
         return f"{kernel}: a projection is a product of its own"
     if s.item_bytes == 8:

@@ -33,7 +33,7 @@ class Problem:
 
     def __init__(
         self, cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
-        batch_sizes: Tensor | None, groups: int, direction: int,
+        batch_sizes: Tensor | None, groups: int, direction: int, resets: Tensor | None = None,
     ) -> None:  # fmt: skip
         _expect(cell in CELLS, f"unknown cell {cell!r}")
         self.cell, self.info, self.D, self.direction = cell, CELLS[cell], groups, direction
@@ -74,6 +74,9 @@ class Problem:
         self.I, self.M = self._inputs(input.shape[-1], weights[0])
         self._take_weights(weights, groups)
         self._take_rows(batch_sizes, h0)
+        self.check(resets, "resets", self.leading, torch.uint8)
+        self.resets = None if resets is None else resets.contiguous()
+        self.K = self.B if resets is None else 2 * self.B  # rows of h0 and c0
         self.orders = sorted({reversed_group(d, groups, direction) for d in range(groups)})
 
     def _inputs(self, width: int, weight_ih: Tensor) -> tuple[int, int]:
@@ -198,9 +201,13 @@ class Problem:
                 f"{self.B} rows of dense data, got {n}",
             )
 
-    def state(self, tensor: Tensor | None, name: str, width: int, dtype: torch.dtype) -> Tensor:
-        """A copy of a state [D, B, width] in a dtype, checked; zeros where there is none."""
-        shape = [self.D, self.B, width]
+    def state(
+        self, tensor: Tensor | None, name: str, width: int, dtype: torch.dtype,
+        rows: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A copy of a state [D, B or so many rows, width] in a dtype, checked; zeros where there is
+        none."""
+        shape = [self.D, self.B if rows is None else rows, width]
         self.check(tensor, name, shape)
         if tensor is None:
             return torch.zeros(shape, dtype=dtype, device=self.device)

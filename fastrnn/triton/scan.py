@@ -21,13 +21,14 @@ from .problem import Problem
 def layer(
     cell: str, input: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None,
     batch_sizes: Tensor | None, groups: int, direction: int, save: bool,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run all groups of one layer: the contract of ``torch.ops.fastrnn.layer``.
 
     Raises:
         RuntimeError: arguments of wrong shape, dtype or device.
     """
-    p = Problem(cell, input, weights, h0, batch_sizes, groups, direction)
+    p = Problem(cell, input, weights, h0, batch_sizes, groups, direction, resets)
     p.check_c(c0)
     with on(input.device):
         return ForwardPass(p, input, h0, c0, save).run()
@@ -37,18 +38,18 @@ def layer_backward(
     cell: str, doutput: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, input: Tensor,
     output: Tensor, cells: Tensor, saved: Tensor, weights: Sequence[Tensor], h0: Tensor | None,
     c0: Tensor | None, batch_sizes: Tensor | None, groups: int, direction: int,
-    wanted: Sequence[int],
+    wanted: Sequence[int], resets: Tensor | None = None, dcells: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
     """The gradients of ``layer``: the contract of ``torch.ops.fastrnn.layer_backward``.
 
     Raises:
         RuntimeError: arguments of wrong shape, dtype or device.
     """
-    p = Problem(cell, input, weights, h0, batch_sizes, groups, direction)
-    p.check_c(c0, dc_n)
+    p = Problem(cell, input, weights, h0, batch_sizes, groups, direction, resets)
+    p.check_c(c0, dc_n, dcells)
     p.check_wanted(wanted, len(weights))
     with on(input.device):
-        run = BackwardPass(p, (doutput, dh_n, dc_n), (output, cells, saved), h0, c0)
+        run = BackwardPass(p, (doutput, dh_n, dc_n, dcells), (output, cells, saved), h0, c0)
         run.run(bool(wanted[1]))
         flat = input.contiguous().view(p.N, p.M, p.I)
         none, members = input.new_empty(0), max(p.stacked, 1)
@@ -61,8 +62,8 @@ def layer_backward(
             whole = torch.stack(found, int(parts > 1)) if p.stacked and parts else found[0]
             dweights.append(whole)
         dinput = run.dinput().view(input.shape) if wanted[0] else none
-        dh0 = run.dh.to(p.dtype) if wanted[1] else input.new_empty(0)
-        dc0 = run.dc.to(p.dtype) if wanted[2] else input.new_empty(0)
+        dh0 = run.dh0.to(p.dtype) if wanted[1] else input.new_empty(0)
+        dc0 = run.dc0.to(p.dtype) if wanted[2] else input.new_empty(0)
     return dinput, dweights, dh0, dc0
 
 

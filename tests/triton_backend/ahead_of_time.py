@@ -35,7 +35,7 @@ from fastrnn.triton import launch, passes, plan, scan  # noqa: E402
 GPUS = {80: plan.GPUS["a100"], 90: plan.GPUS["h100"], 100: plan.GPUS["b200"]}
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64",
+    torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64,
           "float16": torch.float16, "bfloat16": torch.bfloat16}  # fmt: skip
@@ -87,7 +87,7 @@ def resources(compiled: Any) -> dict[str, Any]:
 
 def shapes(architecture: int) -> Iterator[tuple[str, str, str, int, bool, bool]]:
     """Cell, dtype, kernel, H, projected, and whether with every option: or packed, without biases,
-    a backward pass and gradients of outputs."""
+    a backward pass, gradients of outputs and resets."""
     gpu = GPUS[architecture]
     for cell, dtype, kernel in itertools.product(CELLS, DTYPES, plan.KERNELS):
         item, G = DTYPES[dtype].itemsize, CELLS[cell].gates
@@ -112,7 +112,8 @@ def compile_all(architecture: int) -> None:
     class Compiled(launch.Launch):
         def __call__(self, grid: Any, **numbers: int) -> None:
             name = self._kernel.__name__
-            key = (name, self._arguments.get("SAVE"), *current.values())
+            options = map(self._arguments.get, ("SAVE", "HAS_RESETS"))
+            key = (name, *options, *current.values())
             if key in seen:
                 return
             seen.add(key)
@@ -143,6 +144,12 @@ def compile_all(architecture: int) -> None:
         wanted = [1, 1, 0, *[1] * len(weights)]
         dy = out if is_full else None
         scan.layer_backward(cell, dy, h_n, None, x, out, cells, saved, *call, wanted)
+        if kernel == "step" and is_full:
+            resets = torch.zeros(2, 3, dtype=torch.uint8)
+            call = (weights, h0.repeat(1, 2, 1), *call[2:])
+            scan.layer(cell, x, *call, True, resets)
+            given = (cell, dy, h_n, None, x, out, cells, saved, *call, wanted, resets)
+            scan.layer_backward(*given, cells if info.has_c else None)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def test_every_kernel_is_there(
         for cell in cells
         for name, dtypes in (
             ("gates", ("float32", "float64", "float16", "bfloat16")),
+            ("enter", ("float32", "float64", "float16", "bfloat16")),
             ("resident", ("tf32", "float16", "bfloat16")),
             ("streamed", ("float32", "tf32", "float16", "bfloat16")),
         )
@@ -85,5 +86,6 @@ def test_every_kernel_is_there(
     assert expected - found == set()
     projected = {k["kernel"] for k in compiled[architecture] if k["projected"]}
     assert projected == {
-        "gates_forward", "gates_backward", "project_forward", "project_backward"
+        "gates_forward", "gates_backward", "project_forward", "project_backward", "enter_forward",
+        "enter_backward",
     }  # fmt: skip

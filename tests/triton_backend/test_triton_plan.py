@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -73,6 +74,17 @@ def test_tiles_know_neither_batch_nor_steps() -> None:
 def test_what_cannot_be_met(kernel: str, s: Shape, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         make_plan(s, H100, kernel)
+
+
+@pytest.mark.parametrize("given", ["resets", "gradients of cells"])
+def test_what_only_kernels_of_one_step_take(given: str) -> None:
+    s = dataclasses.replace(shape(4, 32, 64), only_steps=given)
+    reasons = [f"{k}: only kernels of one step take {given}" for k in ("resident", "streamed")]
+    found = make_plan(s, H100, "auto")
+    assert (found.kernel, list(found.against)) == ("step", reasons)
+    for reason in reasons:
+        with pytest.raises(ValueError, match=reason):
+            make_plan(s, H100, reason.partition(":")[0])
 
 
 @pytest.mark.skipif(_ops.native_error is not None, reason="pure-Python install")
