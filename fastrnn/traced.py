@@ -72,7 +72,9 @@ def _register_derivative(
                 f"{op} has no forward-mode derivative: call the layer itself, not a compiled, "
                 "exported or traced one"
             )
-        return kernel(keyset, *arguments, **named)
+        # The dispatcher leaves out what is None by default at the end; the derivative counts it.
+        absent = len(op._schema.arguments) - len(arguments) - len(named)
+        return kernel(keyset, *arguments, *(None,) * absent, **named)
 
     library = torch.library.Library(op.namespace, "IMPL")
     library.impl(op._opname, run, "Autograd", with_keyset=True)
