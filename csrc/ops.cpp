@@ -102,19 +102,28 @@ struct BetweenPasses {
 
   BetweenPasses(const Problem& p, Device& device) {
     const ScanShape& s = p.shape;
-    const int64_t projected = s.projected ? 1 : 0, gathered = s.batch_sizes || s.resets ? 1 : 0;
-    const int64_t widths[] = {p.cell.gates * s.H, p.cell.own * s.H, projected * s.P, projected * s.H, gathered * s.P};
-    Array* arrays[] = {&dgates, &drecurrent, &dprojected, &unprojected, &before};
-    size_t offsets[6] = {};
-    for (int i = 0; i < 5; ++i) {
-      arrays[i]->dtype = arrays[i] == &before ? p.dtype : device.between_dtype(p.dtype);
-      const size_t bytes = static_cast<size_t>(s.D * s.N * widths[i] * item_size(arrays[i]->dtype));
+    const int64_t projected = s.projected ? 1 : 0;
+    const int64_t widths[] = {p.cell.gates * s.H, p.cell.own * s.H, projected * s.P, projected * s.H};
+    Array* arrays[] = {&dgates, &drecurrent, &dprojected, &unprojected};
+    const ScalarType dtype = device.between_dtype(p.dtype);
+    size_t offsets[5] = {};
+    for (int i = 0; i < 4; ++i) {
+      const size_t bytes = static_cast<size_t>(s.D * s.N * widths[i] * item_size(dtype));
       offsets[i + 1] = offsets[i] + (bytes + 63) / 64 * 64;
     }
-    char* memory = device.take_between(offsets[5]);
-    for (int i = 0; i < 5; ++i)
+    char* memory = device.take_between(offsets[4]);
+    for (int i = 0; i < 4; ++i) {
+      arrays[i]->dtype = dtype;
       if (widths[i] > 0) arrays[i]->data = memory + offsets[i];
+    }
+    before.dtype = p.dtype;
+    if (!s.batch_sizes && !s.resets) return;
+    gathered_ = device.make(p.over_time(s.P), p.dtype);
+    before.data = gathered_.mutable_data_ptr();
   }
+
+ private:
+  Tensor gathered_;
 };
 
 // From so many groups on they are divided among threads; below, the products of each are.

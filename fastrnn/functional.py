@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _backend, checks, layers, reference
+from . import _backend, checks, layers, reference, sequences
 from .autograd import step, step_of
 from .sequences import Options
 
@@ -163,9 +163,12 @@ def rnn_cell(
     bias_hh: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
+    reset: Tensor | None = None,
+    reset_hx: Tensor | None = None,
 ) -> Tensor:
     """One step of :func:`rnn`, ``h' = act(W_ih x + b_ih + W_hh h + b_hh)``: input [B, I] or [I],
-    hx [B, H] or [H] (None: zeros) -> h'; weight_ih [H, I], weight_hh [H, H], biases [H].
+    hx [B, H] or [H] (None: zeros) -> h'; weight_ih [H, I], weight_hh [H, H], biases [H]. ``reset``,
+    bool [B] or []: rows of hx that those of ``reset_hx`` (as hx; zeros by default) replace first.
 
     Raises:
         ValueError, RuntimeError: arguments of wrong shape, dtype or device, as torch.nn raises.
@@ -173,6 +176,7 @@ def rnn_cell(
     if nonlinearity not in ("tanh", "relu"):
         raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
     cell = "rnn_" + nonlinearity
+    hx = sequences.entering_cell("RNNCell", input, hx, reset, reset_hx)
     return _cell("RNNCell", cell, input, hx, weight_ih, weight_hh, bias_ih, bias_hh)[0]
 
 
@@ -183,14 +187,19 @@ def lstm_cell(
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
+    *,
+    reset: Tensor | None = None,
+    reset_hx: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of :func:`lstm`, by its formula: input [B, I] or [I], hx (h, c) [B, H] or [H] (None:
-    zeros) -> (h', c'); weight_ih [4 H, I], weight_hh [4 H, H], biases [4 H].
+    zeros) -> (h', c'); weight_ih [4 H, I], weight_hh [4 H, H], biases [4 H]. ``reset`` and
+    ``reset_hx``: as of :func:`rnn_cell`.
 
     Raises:
         ValueError, RuntimeError, TypeError: arguments of wrong shape, dtype, device or type, as
             torch.nn raises.
     """
+    hx = sequences.entering_cell("LSTMCell", input, hx, reset, reset_hx)
     return _cell("LSTMCell", "lstm", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
@@ -201,13 +210,18 @@ def gru_cell(
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
+    *,
+    reset: Tensor | None = None,
+    reset_hx: Tensor | None = None,
 ) -> Tensor:
     """One step of :func:`gru`, by its formula: input [B, I] or [I], hx [B, H] or [H] (None: zeros)
-    -> h'; weight_ih [3 H, I], weight_hh [3 H, H], biases [3 H].
+    -> h'; weight_ih [3 H, I], weight_hh [3 H, H], biases [3 H]. ``reset`` and ``reset_hx``: as of
+    :func:`rnn_cell`.
 
     Raises:
         ValueError, RuntimeError: arguments of wrong shape, dtype or device, as torch.nn raises.
     """
+    hx = sequences.entering_cell("GRUCell", input, hx, reset, reset_hx)
     return _cell("GRUCell", "gru", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)[0]
 
 

@@ -25,6 +25,7 @@ from bench import (
     rows,
     sweep,
     sweep_layers,
+    sweep_sequences,
     sweep_stream,
     sweep_transforms,
 )
@@ -166,6 +167,11 @@ def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     Kind = sweep_transforms.Kind
     small = {k: Kind(v.calls, (v.sizes[0], 3, 2, 5)) for k, v in sweep_transforms.KINDS.items()}
     monkeypatch.setattr(sweep_transforms, "KINDS", small)
+    kinds = {
+        k: sweep_sequences.Kind(v.calls, v.oracle, (9, 4, 5))
+        for k, v in sweep_sequences.KINDS.items()
+    }
+    monkeypatch.setattr(sweep_sequences, "KINDS", kinds)
 
 
 @pytest.mark.usefixtures("small_sweeps")
@@ -177,6 +183,7 @@ def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
         ("lengths", 8, "gru training against B"),
         ("stream", 2, "fastrnn against torch.nn cell: at least"),
         ("transforms", 5, "gru ensemble, training: "),
+        ("sequences", 3, "of the padded time for each step"),
     ],
 )
 def test_sweep(
@@ -215,6 +222,11 @@ def test_sweep_does_not_time_wrong_numbers(
         for kind, own in sweep_transforms.KINDS.items()
     }
     monkeypatch.setattr(sweep_transforms, "KINDS", kinds)
+    of_sequences = {
+        kind: sweep_sequences.Kind(spoilt_fastrnn(own.calls, spoilt), own.oracle, own.sizes)
+        for kind, own in sweep_sequences.KINDS.items()
+    }
+    monkeypatch.setattr(sweep_sequences, "KINDS", of_sequences)
     assert sweep.main([name, "--cell", "rnn", "--quick"]) == 1
     out, err = capsys.readouterr()
     assert "RED" in out
@@ -222,9 +234,9 @@ def test_sweep_does_not_time_wrong_numbers(
 
 
 def spoilt_fastrnn(make: Any, spoilt: Any) -> Any:
-    def wrong(layers: sweep_transforms.Layers) -> sweep_transforms.Calls:
-        calls = make(layers)
-        if layers.fast:
+    def wrong(problem: Any) -> sweep_transforms.Calls:
+        calls: sweep_transforms.Calls = make(problem)
+        if problem.fast:
             call = calls[rivals.FASTRNN]
             calls[rivals.FASTRNN] = spoilt(lambda: call)()
         return calls

@@ -408,6 +408,10 @@ def test_cells_reset_rows(engine: str, cell: str) -> None:
             torch.testing.assert_close(one[1:2], carried)
             torch.testing.assert_close(one[[0, 2]], fresh)
     torch.testing.assert_close(module(x, reset=reset), module(x))
+    function = getattr(fastrnn.functional, cell.lower().replace("cell", "_cell"))
+    options = {"reset": reset, "reset_hx": other}
+    expected = module(x, hx, **options)
+    torch.testing.assert_close(function(x, hx, *module.parameters(), **options), expected)
     with pytest.raises(TypeError, match="reset must be a bool tensor"):
         module(x, hx, reset=torch.ones(3))
     with pytest.raises(ValueError, match=r"reset must have shape \(3,\)"):

@@ -250,7 +250,7 @@ struct Backward {
   // The whole gradient of the projected h: from the next step (or h_n, for a row that enters) and from the output.
   void projected_run(int64_t t, int64_t b0, int64_t rows, int64_t begin, int64_t end, bool multiplied) {
     const int64_t first = s.hh.first_vector(begin) * kLanes, last = first + s.hh.vectors_in(begin, end) * kLanes;
-    for (int64_t i = 0; a.before && i < rows; ++i) keep_before(t, b0 + i, first, last);
+    for (int64_t i = 0; a.before && i < rows; ++i) keep_before(t, b0 + i, a.entering(d, t, b0 + i), first, last);
     for_vectors(s.hh, begin, end, rows, [&](int64_t i, int64_t j, int n, V product) {
       const int64_t b = b0 + i, row = a.row(t, b);
       V dp = multiplied ? product : load(dp_row(b) + j, n);
@@ -260,9 +260,10 @@ struct Backward {
     });
   }
 
-  // The h that entered a step, units [first, last), to where the gradient of weight_hh finds it beside dr.
-  void keep_before(int64_t t, int64_t b, int64_t first, int64_t last) {
-    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1, k = a.entering(d, t, b);
+  // The h that entered a step, of row k of h0 or of the step before (-1), units [first, last), to where the gradient of
+  // weight_hh finds it beside dr.
+  void keep_before(int64_t t, int64_t b, int64_t k, int64_t first, int64_t last) {
+    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1;
     const T* source =
         k >= 0 ? at<T>(a.h0, (d * a.K() + k) * a.P) : at<T>(a.output, (a.row(t_before, b) * a.D + d) * a.P);
     Part part(std::min(last, a.P));
@@ -290,23 +291,24 @@ struct Backward {
     const int64_t row_sums = shape.columns(begin, end) * kLanes;
     for (int64_t i = 0; i < rows; ++i) {
       if (i + kRowsAhead < rows) prefetch_row(t, b0 + i + kRowsAhead, first * kLanes, (first + vectors) * kLanes);
-      if (a.before && !a.projected) keep_before(t, b0 + i, first * kLanes, (first + vectors) * kLanes);
+      const int64_t k = a.entering(d, t, b0 + i);
+      if (a.before && !a.projected) keep_before(t, b0 + i, k, first * kLanes, (first + vectors) * kLanes);
       const S* products = sums.data + i * row_sums;
       int64_t u = 0;
       for (; u + 1 < vectors && (first + u + 2) * kLanes <= a.H; u += 2)
-        cell_units<Twin<V>>(t, b0 + i, (first + u) * kLanes, multiplied, products + u * kLanes);
-      for (; u < vectors; ++u) cell_units<V>(t, b0 + i, (first + u) * kLanes, multiplied, products + u * kLanes);
+        cell_units<Twin<V>>(t, b0 + i, k, (first + u) * kLanes, multiplied, products + u * kLanes);
+      for (; u < vectors; ++u) cell_units<V>(t, b0 + i, k, (first + u) * kLanes, multiplied, products + u * kLanes);
     }
   }
 
-  // The cell on one vector of units, or on two, from unit j on.
+  // The cell on one vector of units, or on two, from unit j on; k_before: whether a row of h0 and c0 entered the step.
   template <class W>
-  FASTRNN_INLINE void cell_units(int64_t t, int64_t b, int64_t j, bool multiplied, const S* product) {
+  FASTRNN_INLINE void cell_units(int64_t t, int64_t b, int64_t k_before, int64_t j, bool multiplied, const S* product) {
     using U = Units<W>;
     const int n = a.H - j < kLanes ? static_cast<int>(a.H - j) : kLanes;
     const auto get = [&](const auto* units) { return U::load(units, kLanes, n); };
     const auto put = [&](auto* units, W value) { U::store(units, value, kLanes, n); };
-    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1, k_before = a.entering(d, t, b);
+    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1;
     const bool first = k_before >= 0;
     const int64_t data_row = a.row(t, b), row = d * a.N + data_row, row_before = first ? 0 : a.row(t_before, b);
     const int64_t state = (d * a.K() + k_before) * a.H + j;
