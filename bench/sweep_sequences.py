@@ -10,8 +10,10 @@ peak, beside input, output and their gradients.
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -141,7 +143,9 @@ def measure(cell: str, name: str, quick: bool) -> Row:
     kind = KINDS[name]
     problem = Problem.make(cell, *kind.sizes)
     calls = kind.calls(problem)
-    memory = {of: growth(calls[of], problem) for of in (FASTRNN, KEPT) if name == "recompute"}
+    memory = {}
+    if name == "recompute" and sys.platform == "linux":
+        memory = {of: growth(cell, name, kind.sizes, of) for of in (FASTRNN, KEPT)}
     right = of_all(kind.calls(problem.double())[kind.oracle]())
     got, same = of_all(calls[FASTRNN]()), of_all(calls[kind.oracle]())
     worst = parity.worst(parity.compare(got, same, right))
@@ -156,15 +160,21 @@ def measure(cell: str, name: str, quick: bool) -> Row:
     return row
 
 
-def growth(call: Call, problem: Problem) -> float | None:
-    """Bytes by which the process grows at the peak of a call, beside the output, its gradient and
-    the input's; None where the system does not say."""
-    if sys.platform != "linux":
-        return None
+def growth(cell: str, name: str, sizes: tuple[int, int, int], of: str) -> float:
+    """Bytes by which a process grows at the peak of its first call, beside the output, its gradient
+    and the input's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_growth, cell, name, sizes, of).result()
+
+
+def _growth(cell: str, name: str, sizes: tuple[int, int, int], of: str) -> float:
+    calls = KINDS[name].calls
+    calls(Problem.make(cell, 64, *sizes[1:]))[of]()  # what a first call of any length needs
+    problem = Problem.make(cell, *sizes)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak begins anew
     before = resident("VmRSS")
-    call()
+    calls(problem)[of]()
     return resident("VmHWM") - before - 3 * problem.input.numel() * problem.input.element_size()
 
 
@@ -177,7 +187,7 @@ def resident(field: str) -> float:
 def line(row: Row) -> str:
     text = line_of_ratios(row)
     for name, grown in row["memory"].items():
-        text += "" if grown is None else f"\n{name}: {grown / MIB:.1f} MiB beside its results"
+        text += f"\n{name}: {grown / MIB:.1f} MiB beside its results"
     return text
 
 
