@@ -169,16 +169,17 @@ class Net(NamedTuple):
 
     def run(
         self, data: Tensor, batch_sizes: Tensor | None, hx: Any,
-        boundaries: Boundaries | None = None, batch_first: bool = False,
+        boundaries: Boundaries | None = None, batch_first: bool = False, is_padded: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, States | None]:  # fmt: skip
         """Over [T, B, I], or [N, I] with ``batch_sizes``: output, h_n, c_n and the states if they
         are returned; with ``batch_first`` the output is [B, T, D * P], the data and the states are
-        not."""
+        not. ``is_padded``: the user gave packed data as [T, B, I]."""
         spec, weights = self.spec, self.weights
         h0, c0 = hx if spec.has_c and hx is not None else (hx, None)
         state_dtype = c_dtype = None
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(data.device.type):
-            state_dtype, c_dtype = _autocast_dtypes(spec, data, batch_sizes is not None, h0, c0)
+            is_packed = batch_sizes is not None and not is_padded
+            state_dtype, c_dtype = _autocast_dtypes(spec, data, is_packed, h0, c0)
         if state_dtype is not None:
             data, weights, h0, c0 = cast(state_dtype, data, weights, h0, c0)
             boundaries = boundaries and boundaries.to(state_dtype)

@@ -98,7 +98,7 @@ def _packed(
     own = tuple(s.index_select(1, order) for s in hx)
     output, h_n, c_n, states = net.run(
         data.flatten(0, 1).index_select(0, rows), exists.sum(1), own if spec.has_c else own[0],
-        boundaries,
+        boundaries, is_padded=True,
     )  # fmt: skip
 
     def padded(packed: Tensor, dim: int) -> Tensor:
@@ -142,6 +142,11 @@ def _masked(
     net: Net, data: Tensor, hx: Any, boundaries: Boundaries | None, lengths: Tensor
 ) -> Results:
     spec, steps = net.spec, data.shape[0]
+    if net.recompute:  # a segment does not know the initial state, which a boundary restarts from
+        raise RuntimeError(
+            f"{spec.name}: recompute beside lengths is possible on the CPU only, "
+            f"got data on {data.device.type}: pack the sequences"
+        )
     is_wrong = (lengths < 0) | (lengths > steps)
     lengths = lengths.long().clamp(0, steps)
     t = torch.arange(steps, device=data.device)[:, None]

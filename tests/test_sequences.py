@@ -372,6 +372,14 @@ def test_impossible_lengths_are_marked_where_values_are_not_looked_at(
         assert not result[:, 1].isnan().any()
 
 
+def test_recompute_beside_lengths_without_packing_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda: True)
+    with pytest.raises(RuntimeError, match="recompute beside lengths"):
+        fastrnn.GRU(3, 4)(torch.randn(5, 2, 3), lengths=torch.tensor([5, 2]), recompute=True)
+
+
 def test_padding_may_hold_anything(engine: str) -> None:
     layer, x = fastrnn.GRU(3, 4, bidirectional=True), torch.randn(5, 2, 3)
     x[3:, 1] = float("nan")
@@ -434,3 +442,23 @@ def test_a_mask_of_steps(batch_first: bool) -> None:
         layer(data, mask=marks.float())
     with pytest.raises(ValueError, match="lengths and mask"):
         layer(data, mask=marks, lengths=lengths)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_dtypes_under_autocast(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a call without options, however rows of lengths are run."""
+    problem = make(cell, "lengths", layers=1)
+    module, x = problem.module.float(), problem.input.float()
+    lengths = torch.tensor(problem.lengths)
+
+    def dtypes(**options: Any) -> list[torch.dtype]:
+        with torch.autocast("cpu", torch.bfloat16):
+            output, last, *states = module(x, **options)
+        last = last if isinstance(last, tuple) else (last,)
+        assert all(s is None or s.dtype == output.dtype for found in states for s in found)
+        return [t.dtype for t in (output, *last)]
+
+    expected = dtypes()
+    assert dtypes(lengths=lengths, resets=problem.resets, return_states=True) == expected
+    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda: True)
+    assert dtypes(lengths=lengths, resets=problem.resets, return_states=True) == expected
