@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import checks, modes
 from .checks import LayerSpec
-from .reference import CARRY, RESET, RESTART
 
 
 class Options(NamedTuple):
@@ -105,22 +104,17 @@ def entering(
 ) -> list[Tensor | None]:
     """h0 and c0 of groups [first, last) as the operators take them: [D, B, width], or with
     boundaries [D, 2 B, width], the initial states and those that enter behind a reset."""
-    own = [s if s is None else s[first:last] for s in initial]
-    if boundaries is None:
-        return own
     found: list[Tensor | None] = []
-    for i, state in enumerate(own):
-        later = None if boundaries.states is None else boundaries.states[i : i + 1]
-        behind = later[0][first:last] if later else None
-        if state is None and behind is None:
-            found.append(None)
-            continue
-        like = behind if state is None else state
-        assert like is not None
-        zeros = torch.zeros_like(like)
-        found.append(
-            torch.cat([zeros if state is None else state, zeros if behind is None else behind], 1)
-        )
+    for i, whole in enumerate(initial):
+        state = None if whole is None else whole[first:last]
+        behind = None
+        if boundaries is not None and boundaries.states is not None and i < len(boundaries.states):
+            behind = boundaries.states[i][first:last]
+        if boundaries is None or (state is None and behind is None):
+            found.append(state)
+        else:
+            zeros = torch.zeros_like(behind if state is None else state)  # type: ignore[arg-type]
+            found.append(torch.cat([t if t is not None else zeros for t in (state, behind)], 1))
     return found
 
 
@@ -202,6 +196,6 @@ def batched(spec: LayerSpec, options: Options) -> Options:
 
 
 __all__ = [
-    "CARRY", "RESET", "RESTART", "Boundaries", "Options", "States", "boundaries_of", "entering",
-    "states_over_time",
+    "Boundaries", "Options", "States", "batched", "boundaries_of", "entering", "entering_cell",
+    "recompute_of", "states_over_time",
 ]  # fmt: skip
