@@ -41,10 +41,10 @@ def lengths_of_mask(
     name: str, mask: Tensor, lengths: Tensor | None, batch_first: bool
 ) -> Tensor:
     """The lengths of rows whose steps a mask marks, bool [T, B] or [B, T]."""
-    if lengths is not None:
-        raise ValueError(f"{name}: lengths and mask were given")
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
         raise TypeError(f"{name}: mask must be a bool tensor of 2 dimensions")
+    if lengths is not None:
+        raise ValueError(f"{name}: lengths and mask were given")
     over_time = mask.transpose(0, 1) if batch_first else mask
     if mask.is_cpu and not _is_symbolic() and (over_time[1:] & ~over_time[:-1]).any():
         raise ValueError(f"{name}: mask must mark the first steps of each row, without gaps")
