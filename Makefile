@@ -42,9 +42,10 @@ else
 	wait $$kernels; kernels=$$?; cat $(KERNEL_REPORT); exit $$((kernels | others))
 endif
 
-# All tests are two runs side by side: of the GPU kernels on the host, and of everything else. Threads
-# that wait leave the processor to the other run.
-KERNEL_TESTS := tests/gpu tests/triton_backend tests/test_bench_gpu.py tests/test_cuda_resets.py
+# All tests are two runs side by side, of about the same time: of the GPU kernels on the host and of
+# long sequences, and of everything else. Threads that wait leave the processor to the other run.
+KERNEL_TESTS := tests/gpu tests/triton_backend tests/test_bench_gpu.py tests/test_cuda_resets.py \
+	tests/test_sequences.py tests/test_long.py
 KERNEL_REPORT := build/kernel-tests.txt
 test: export OMP_WAIT_POLICY := passive
 
