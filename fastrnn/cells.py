@@ -113,8 +113,7 @@ class RNNCell(_Cell):
     ) -> Tensor:  # fmt: skip
         """The next state; see the class for shapes and errors. ``reset``, bool [B]: rows of hx that
         those of ``reset_hx`` (as hx; zeros by default) replace before the step."""
-        if reset is not None or reset_hx is not None:
-            hx = sequences.entering_cell(self._mode + "Cell", input, hx, reset, reset_hx)
+        hx = sequences.entering_cell(self._mode + "Cell", input, hx, reset, reset_hx)
         if (stepped := self._stepped(input, hx)) is not None:
             return cast(Tensor, stepped)
         return functional.rnn_cell(
@@ -164,8 +163,7 @@ class LSTMCell(_Cell):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The next state; see the class for shapes and errors. ``reset``: as of :class:`RNNCell`'s
         ``forward``."""
-        if reset is not None or reset_hx is not None:
-            hx = sequences.entering_cell("LSTMCell", input, hx, reset, reset_hx)
+        hx = sequences.entering_cell("LSTMCell", input, hx, reset, reset_hx)
         if (stepped := self._stepped(input, hx)) is not None:
             return cast(tuple[Tensor, Tensor], stepped)
         return functional.lstm_cell(
@@ -202,8 +200,7 @@ class GRUCell(_Cell):
     ) -> Tensor:  # fmt: skip
         """The next state; see the class for shapes and errors. ``reset``, bool [B]: rows of hx that
         those of ``reset_hx`` (as hx; zeros by default) replace before the step."""
-        if reset is not None or reset_hx is not None:
-            hx = sequences.entering_cell(self._mode + "Cell", input, hx, reset, reset_hx)
+        hx = sequences.entering_cell(self._mode + "Cell", input, hx, reset, reset_hx)
         if (stepped := self._stepped(input, hx)) is not None:
             return cast(Tensor, stepped)
         return functional.gru_cell(

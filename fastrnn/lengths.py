@@ -147,8 +147,9 @@ def _masked(
             f"{spec.name}: recompute beside lengths is possible on the CPU only, "
             f"got data on {data.device.type}: pack the sequences"
         )
+    lengths = lengths.long()  # before they are compared: 8 bits do not hold every T
     is_wrong = (lengths < 0) | (lengths > steps)
-    lengths = lengths.long().clamp(0, steps)
+    lengths = lengths.clamp(0, steps)
     t = torch.arange(steps, device=data.device)[:, None]
     exists = (t < lengths)[..., None]
     hx = initial(spec, data, hx)

@@ -380,6 +380,19 @@ def test_recompute_beside_lengths_without_packing_is_refused(
         fastrnn.GRU(3, 4)(torch.randn(5, 2, 3), lengths=torch.tensor([5, 2]), recompute=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_lengths_of_any_integer_type(
+    masked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda: masked)
+    layer, x, lengths = fastrnn.GRU(3, 4), torch.randn(300, 2, 3), torch.tensor([100, 7])
+    for one, other in zip(
+        layer(x, lengths=lengths.to(dtype)), layer(x, lengths=lengths), strict=True
+    ):
+        assert one.equal(other)
+
+
 def test_padding_may_hold_anything(engine: str) -> None:
     layer, x = fastrnn.GRU(3, 4, bidirectional=True), torch.randn(5, 2, 3)
     x[3:, 1] = float("nan")

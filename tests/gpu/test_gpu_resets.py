@@ -27,7 +27,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 @pytest.fixture
 def ops(device: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     if fastrnn.get_backend() == "triton":
-        pytest.skip("of the CUDA kernels")
+        pytest.skip("tests the CUDA kernels, and the backend asked for is triton")
     monkeypatch.setenv("FASTRNN_CUDA_KERNEL", "step")
     return torch.ops.fastrnn if device == "cuda" else cuda_on_host.load()
 
