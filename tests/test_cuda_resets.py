@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_ops_groups import LENGTHS
+from test_ops_groups import problem as arguments
 from torch import Tensor
 
 import cuda_on_host
@@ -21,7 +23,9 @@ CELLS = ["rnn_tanh", "rnn_relu", "lstm", "lstm_proj", "gru"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GROUPS = [(1, 0), (1, 1), (2, 2), (3, 0), (4, 2), (2, 1)]  # D, direction
 SIZES = [(5, 3, 2, 8), (1, 2, 3, 5), (7, 4, 3, 17), (3, 1, 1, 1), (9, 5, 3, 12)]  # T, B, I, H
-LENGTHS = [7, 7, 5, 2, 1]
+ARGUMENTS = (
+    "cell", "input", "weights", "h0", "c0", "batch_sizes", "groups", "direction",
+)  # fmt: skip
 NAMES = ("output", "h_n", "c_n", "cells", "saved")
 
 
@@ -30,34 +34,12 @@ def problem(
     packed: bool = False, states: bool = True, resets: bool = True, share: float = 0.6,
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of `reference.layer`. share: of rows that have a boundary."""
-    (D, direction), (T, B, I, H) = groups, size  # noqa: E741
-    projected, cell = cell == "lstm_proj" and H > 1, cell.removesuffix("_proj")
-    info, P = reference.CELLS[cell], max(1, H // 2) if projected else H
-    if packed:
-        T, B = LENGTHS[0], len(LENGTHS)
-    batch_sizes = torch.tensor([sum(n > t for n in LENGTHS) for t in range(T)]) if packed else None
-    lead = (sum(LENGTHS),) if packed else (T, B)
-    integers = cell == "rnn_relu"  # exact: rounding decides no ReLU
-
-    def randn(*shape: int, scale: float = 0.5) -> Tensor:
-        if integers:
-            return torch.randint(-2, 3, shape).to(dtype) / 4
-        return (scale * torch.randn(*shape)).to(dtype)
-
-    G, K = info.gates, 2 * B if resets else B
-    shapes = [(G * H, I), (G * H, P), *[(G * H,)] * (2 * states), *[(P, H)] * projected]
+    entering = 2 if resets else 1
+    found = arguments(cell, (1, *groups), size, dtype, packed, states, states, entering)
+    call = dict(zip(ARGUMENTS, found, strict=True))
+    lead = call["input"].shape[:-1]
     codes = torch.randint(1, 3, lead) * (torch.rand(lead) < share)
-    return {
-        "cell": cell,
-        "input": randn(*lead, I),
-        "weights": [randn(*s, scale=0.6 / s[-1] ** 0.5) for _ in range(D) for s in shapes],
-        "h0": randn(D, K, P) if states or packed else None,
-        "c0": randn(D, K, H) if info.has_c and states else None,
-        "batch_sizes": batch_sizes,
-        "groups": D,
-        "direction": direction,
-        "resets": codes.to(torch.uint8) if resets else None,
-    }
+    return call | {"resets": codes.to(torch.uint8) if resets else None}
 
 
 def cotangents(call: dict[str, Any], dcells: bool) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ NATIVE = [e for e in engines() if e.startswith("native")]
 # members M, groups D, direction
 GROUPS = [(1, 1, 0), (2, 2, 1), (3, 3, 0), (2, 4, 2), (3, 6, 2), (2, 4, 0), (1, 4, 2), (5, 5, 1)]
 SIZES = [(3, 4, 3, 5), (1, 2, 1, 1), (4, 6, 20, 17), (2, 12, 2, 8)]  # T, B, I, H
-LENGTHS = [4, 4, 2, 1]
+LENGTHS = [7, 7, 5, 2, 1]  # of packed rows
 
 
 @pytest.fixture(params=NATIVE)
@@ -40,9 +40,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def problem(
     cell: str, groups: tuple[int, int, int], size: tuple[int, int, int, int],
     dtype: torch.dtype = torch.float32, packed: bool = False, bias: bool = True,
-    states: bool = True,
+    states: bool = True, entering: int = 1,
 ) -> list[Any]:  # fmt: skip
-    """Arguments of ``layer``, without ``save``."""
+    """Arguments of ``layer``, without ``save``; entering: rows of h0 and c0 for each of the batch.
+    """
     (M, D, direction), (T, B, I, H) = groups, size  # noqa: E741
     projected, cell = cell == "lstm_proj" and H > 1, cell.removesuffix("_proj")
     info, P = reference.CELLS[cell], H // 2 if projected else H
@@ -60,8 +61,8 @@ def problem(
     G = info.gates
     shapes = [(G * H, I), (G * H, P), *[(G * H,)] * (2 * bias), *[(P, H)] * projected]
     weights = [randn(*s, scale=0.6 / s[-1] ** 0.5) for _ in range(D) for s in shapes]
-    h0 = randn(D, B, P) if states or packed else None
-    c0 = randn(D, B, H) if info.has_c and states else None
+    h0 = randn(D, entering * B, P) if states or packed else None
+    c0 = randn(D, entering * B, H) if info.has_c and states else None
     return [cell, randn(*lead, M * I), weights, h0, c0, batch_sizes, D, direction]
 
 
