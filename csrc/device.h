@@ -9,10 +9,12 @@
 
 namespace fastrnn {
 
-// Rows of an array: of one group of an array over time [D, N, width], or of the output [N, D, width].
+// Rows of an array: of one group of an array over time [D, N, width], or of the output [N, D, width]; or rows that lie
+// anywhere, of which the array lists the addresses.
 struct Rows {
   Array array;
   int64_t row_stride, offset;
+  bool is_list = false;
 
   static Rows of_matrix(const Array& array, int64_t width) { return {array, width, 0}; }
   static Rows of_group(const Array& array, int64_t d, int64_t N, int64_t width) {
@@ -20,11 +22,21 @@ struct Rows {
   }
   static Rows of_output(const Array& output, int64_t d, int64_t D, int64_t P) { return {output, D * P, d * P}; }
   static Rows of_input(const Array& input, int64_t d, int64_t M, int64_t I) { return {input, M * I, d % M * I}; }
-  // From this row, and this column, on.
-  Rows from(int64_t row, int64_t column = 0) const { return {array, row_stride, offset + row * row_stride + column}; }
+  static Rows of_list(const void* const* rows, ScalarType dtype) {
+    return {{const_cast<const void**>(rows), dtype}, 1, 0, true};
+  }
+  // From this row, and this column, on. Of a list: from this row on.
+  Rows from(int64_t row, int64_t column = 0) const {
+    return {array, row_stride, offset + row * row_stride + column, is_list};
+  }
   // Each `apart`-th of them, from this one on.
-  Rows each(int64_t apart, int64_t first) const { return {array, row_stride * apart, offset + first * row_stride}; }
-  void* data() const { return static_cast<char*>(array.data) + static_cast<size_t>(offset * item_size(array.dtype)); }
+  Rows each(int64_t apart, int64_t first) const {
+    return {array, row_stride * apart, offset + first * row_stride, is_list};
+  }
+  void* data() const {
+    const size_t item = is_list ? sizeof(void*) : static_cast<size_t>(item_size(array.dtype));
+    return static_cast<char*>(array.data) + static_cast<size_t>(offset) * item;
+  }
 };
 
 class Device {
@@ -41,6 +53,9 @@ class Device {
   // a dtype. The products and sums take them, and make results of the compute dtype.
   virtual char* take_between(size_t bytes) = 0;
   virtual ScalarType between_dtype(ScalarType storage) const = 0;
+
+  // Whether outer_product takes a list as b. Otherwise a backward pass can write the h that entered each row.
+  virtual bool takes_lists() const = 0;
 
   virtual void run(const ScanArgs& args) = 0;
   virtual void run(const ScanBackwardArgs& args) = 0;

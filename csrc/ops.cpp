@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(StringHandle name, Tens
 
 // What the scan leaves for the products after it: the gradients of the gates' products [D, N, G * H] and, where they
 // differ, of those with h [D, N, R * H]; with a projection those of h [D, N, P] and o tanh c [D, N, H]; of packed data
-// or with resets the h that entered each row [D, N, P].
+// or with resets the h that entered each row [D, N, P], on devices that do not take a list of them.
 struct BetweenPasses {
   Array dgates, drecurrent, dprojected, unprojected, before;
 
@@ -117,7 +117,7 @@ struct BetweenPasses {
       if (widths[i] > 0) arrays[i]->data = memory + offsets[i];
     }
     before.dtype = p.dtype;
-    if (!s.batch_sizes && !s.resets) return;
+    if ((!s.batch_sizes && !s.resets) || device.takes_lists()) return;
     gathered_ = device.make(p.over_time(s.P), p.dtype);
     before.data = gathered_.mutable_data_ptr();
   }
@@ -140,8 +140,10 @@ class WeightGradients {
         device_(device),
         input_(input),
         output_(output),
-        first_(h0 ? *h0 : device.zeros(problem.state(problem.shape.P), problem.dtype)),
-        between_(between) {}
+        first_(h0 ? *h0 : device.zeros(problem.entering_state(problem.shape.P), problem.dtype)),
+        between_(between) {
+    if ((s.batch_sizes || s.resets) && !between.before.data) list_entered();
+  }
 
   // Those of the list, each in the layout of its weight; where parts > 1 one for each of so many equal parts of the
   // batch [parts, ...]; [0] for 0 parts.
@@ -185,6 +187,20 @@ class WeightGradients {
   }
 
  private:
+  // Where the h that entered each row of data lies: a row of the output or of h0.
+  void list_entered() {
+    const Rows first = Rows::of_matrix(first_, s.P);
+    entered_.resize(static_cast<size_t>(s.D * s.N));
+    for (int64_t d = 0; d < s.D; ++d)
+      for (int64_t t = 0; t < s.T; ++t)
+        for (int64_t b = 0; b < s.active(t); ++b) {
+          const int64_t k = s.entering(d, t, b), before = s.reversed(d) ? t + 1 : t - 1;
+          const Rows h =
+              k < 0 ? Rows::of_output(output_, d, s.D, s.P).from(s.row(before, b)) : first.from(d * s.K() + k);
+          entered_[static_cast<size_t>(d * s.N + s.row(t, b))] = h.data();
+        }
+  }
+
   // The rows of data first, first + apart, ...: all of them, or those of one row of the batch.
   struct Some {
     int64_t apart, first;
@@ -251,8 +267,9 @@ class WeightGradients {
 
   // target [height, P] (+)= sum over time of dr_t h_{t-1}^T
   void add_recurrent(const Rows& target, int64_t d, int64_t height, const Rows& dr, const Some& rows, bool add) const {
-    if (between_.before.data) {
-      const Rows before = Rows::of_group(between_.before, d, s.N, s.P);
+    if (between_.before.data || !entered_.empty()) {
+      const Rows before = between_.before.data ? Rows::of_group(between_.before, d, s.N, s.P)
+                                               : Rows::of_list(entered_.data() + d * s.N, p.dtype);
       return outer_product(target, height, s.P, dr, before, rows, s.N, add);
     }
     const Rows h = Rows::of_output(output_, d, s.D, s.P);
@@ -270,6 +287,7 @@ class WeightGradients {
   const int64_t G = p.cell.gates, R = p.cell.own;
   const Tensor input_, output_, first_;  // first_: h that enters the first step
   const BetweenPasses& between_;
+  std::vector<const void*> entered_;  // [D, N] of packed data or with resets, where the device takes lists
 };
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(

@@ -108,6 +108,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &fastrnn::cpu_isa);
   m.def("set_cpu_isa", &fastrnn::set_cpu_isa, py::arg("name"));
   fastrnn::bind_stream(m);
+  fastrnn::bind_rows(m);
 #if defined(FASTRNN_CUDA)
   fastrnn::bind_graphs(m);
 #endif

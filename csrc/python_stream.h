@@ -1,4 +1,4 @@
-// The part of python.cpp that calls: see python_stream.cpp.
+// The parts of python.cpp that take tensors: python_stream.cpp, python_rows.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,5 +6,6 @@
 namespace fastrnn {
 
 void bind_stream(pybind11::module_& m);
+void bind_rows(pybind11::module_& m);
 
 }  // namespace fastrnn

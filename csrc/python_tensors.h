@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <stdexcept>
 
 #include "step.h"
@@ -36,34 +37,9 @@ class PythonTensors {
   // What a tensor of at most 3 dimensions holds. kOther where it is no tensor, of a subclass other than Parameter, not
   // on the CPU, not dense, empty, negated when it is read, or larger than its storage; kStrided (shape and dtype are
   // found) where it is not contiguous. The caller has a reference to it: this may let other threads run.
-  Layout find(const py::handle& object, TensorView& found) const {
-    if (type_of(object) != tensor_.ptr() && type_of(object) != parameter_.ptr()) return Layout::kOther;
-    if (call(is_neg_, object).ptr() != Py_False) return Layout::kOther;
-    void* address = implementation(object);
-    const AtenTensorHandle handle = reinterpret_cast<AtenTensorHandle>(&address);
-    int32_t device, layout, dtype;
-    int64_t *sizes, *strides, offset, bytes;
-    if (aoti_torch_get_device_type(handle, &device) || aoti_torch_get_layout(handle, &layout) ||
-        aoti_torch_get_dtype(handle, &dtype) || device != aoti_torch_device_type_cpu() ||
-        layout != aoti_torch_layout_strided() || !take_dtype(dtype, found.dtype))
-      return Layout::kOther;
-    int64_t& dim = found.shape.dim;
-    if (aoti_torch_get_dim(handle, &dim) || dim < 1 || dim > 3 || aoti_torch_get_sizes(handle, &sizes) ||
-        aoti_torch_get_strides(handle, &strides))
-      return Layout::kOther;
-    int64_t numel = 1;
-    bool is_contiguous = true;
-    for (int64_t i = dim; i-- > 0; numel *= sizes[i]) {
-      found.shape.sizes[i] = sizes[i];
-      is_contiguous = is_contiguous && (sizes[i] == 1 || strides[i] == numel);
-    }
-    if (numel == 0) return Layout::kOther;
-    if (!is_contiguous) return Layout::kStrided;
-    if (aoti_torch_get_storage_offset(handle, &offset) || aoti_torch_get_storage_size(handle, &bytes) ||
-        (offset + numel) * item_size(found.dtype) > bytes || aoti_torch_get_data_ptr(handle, &found.data))
-      return Layout::kOther;
-    return found.data ? Layout::kContiguous : Layout::kOther;
-  }
+  Layout find(const py::handle& object, TensorView& found) const { return find(object, found, kElements); }
+  // The same of int64 only.
+  Layout find_index(const py::handle& object, TensorView& found) const { return find(object, found, kIndexes); }
 
   py::object contiguous(const py::handle& object) const { return call(contiguous_, object); }
 
@@ -85,6 +61,40 @@ class PythonTensors {
   }
 
  private:
+  static constexpr std::array kElements{ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half,
+                                        ScalarType::Char};
+  static constexpr std::array kIndexes{ScalarType::Long};
+
+  template <class Dtypes>
+  Layout find(const py::handle& object, TensorView& found, const Dtypes& dtypes) const {
+    if (type_of(object) != tensor_.ptr() && type_of(object) != parameter_.ptr()) return Layout::kOther;
+    if (call(is_neg_, object).ptr() != Py_False) return Layout::kOther;
+    void* address = implementation(object);
+    const AtenTensorHandle handle = reinterpret_cast<AtenTensorHandle>(&address);
+    int32_t device, layout, dtype;
+    int64_t *sizes, *strides, offset, bytes;
+    if (aoti_torch_get_device_type(handle, &device) || aoti_torch_get_layout(handle, &layout) ||
+        aoti_torch_get_dtype(handle, &dtype) || device != aoti_torch_device_type_cpu() ||
+        layout != aoti_torch_layout_strided() || !take_dtype(dtype, dtypes, found.dtype))
+      return Layout::kOther;
+    int64_t& dim = found.shape.dim;
+    if (aoti_torch_get_dim(handle, &dim) || dim < 1 || dim > 3 || aoti_torch_get_sizes(handle, &sizes) ||
+        aoti_torch_get_strides(handle, &strides))
+      return Layout::kOther;
+    int64_t numel = 1;
+    bool is_contiguous = true;
+    for (int64_t i = dim; i-- > 0; numel *= sizes[i]) {
+      found.shape.sizes[i] = sizes[i];
+      is_contiguous = is_contiguous && (sizes[i] == 1 || strides[i] == numel);
+    }
+    if (numel == 0) return Layout::kOther;
+    if (!is_contiguous) return Layout::kStrided;
+    if (aoti_torch_get_storage_offset(handle, &offset) || aoti_torch_get_storage_size(handle, &bytes) ||
+        (offset + numel) * item_size(found.dtype) > bytes || aoti_torch_get_data_ptr(handle, &found.data))
+      return Layout::kOther;
+    return found.data ? Layout::kContiguous : Layout::kOther;
+  }
+
   static PyObject* type_of(const py::handle& object) { return reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())); }
   static py::object checked(PyObject* found) {
     if (!found) throw py::error_already_set();
@@ -111,9 +121,9 @@ class PythonTensors {
     return tensor;
   }
 
-  static bool take_dtype(int32_t dtype, ScalarType& found) {
-    for (const ScalarType known :
-         {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char})
+  template <class Dtypes>
+  static bool take_dtype(int32_t dtype, const Dtypes& dtypes, ScalarType& found) {
+    for (const ScalarType known : dtypes)
       if (dtype == static_cast<int32_t>(known)) {
         found = known;
         return true;

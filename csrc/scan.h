@@ -98,9 +98,10 @@ struct ScanBackwardArgs : ScanShape {
   void* drecurrent;              // Between [D, N, R, H] gradient of the recurrent products of the last R gates
   void* dprojected;              // Between [D, N, P] whole gradient of h after each step, projected only
   void* unprojected;             // Between [D, N, H] o tanh(c) of each step, projected only
-  void* before;  // Storage [D, N, P] h that entered each step, packed or with resets, or null: not wanted
-  void* dh0;     // Storage [D, K, P], or null: not wanted
-  void* dc0;     // Storage [D, K, H], or null: not wanted
+  void*
+      before;  // Storage [D, N, P] h that entered each step, packed or with resets, or null: not wanted; not on the CPU
+  void* dh0;   // Storage [D, K, P], or null: not wanted
+  void* dc0;   // Storage [D, K, H], or null: not wanted
 };
 
 }  // namespace fastrnn

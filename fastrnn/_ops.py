@@ -55,6 +55,7 @@ if has_cuda:
 
 if native_error is None:
     python_tensors = importlib.import_module("fastrnn._C").PythonTensors(Tensor, torch.nn.Parameter)
+    select_rows = importlib.import_module("fastrnn._C").select_rows
     traced.describe("fastrnn")
     layer = torch.ops.fastrnn.layer.default
     layer_backward = torch.ops.fastrnn.layer_backward.default

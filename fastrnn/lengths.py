@@ -13,9 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
-from . import modes
+from . import _ops, modes
 from .checks import LayerSpec
 from .reference import RESTART
 from .sequences import Boundaries, States
@@ -85,34 +87,73 @@ def _packed(
     net: Net, data: Tensor, hx: Any, boundaries: Boundaries | None, lengths: Tensor
 ) -> Results:
     spec, (steps, batch) = net.spec, data.shape[:2]
+    by_row = data.stride(0) < data.stride(1)  # as it lies in memory, [B, T, I]
     lengths, order = lengths.long().sort(descending=True, stable=True)
     order = order[: int((lengths > 0).sum())]
     exists = lengths[: len(order)] > torch.arange(int(lengths[0]) if len(order) else 0)[:, None]
-    rows = (torch.arange(len(exists))[:, None] * batch + order)[exists]
+    t = torch.arange(len(exists))[:, None]
+    rows = (order * steps + t if by_row else t * batch + order)[exists]
+    places = rows.new_full([steps * batch], len(rows)).index_copy(0, rows, torch.arange(len(rows)))
     hx = initial(spec, data, hx)
     if len(order) == 0:
         return _nothing(net, data, hx)
+
+    def flat(padded: Tensor) -> Tensor:
+        return (padded.transpose(0, 1) if by_row else padded).flatten(0, 1)
+
+    def padded(packed: Tensor) -> Tensor:
+        whole: Tensor = _Selected.apply(packed, places, rows)
+        if by_row:
+            return whole.unflatten(-2, (batch, steps)).transpose(-2, -3)
+        return whole.unflatten(-2, (steps, batch))
+
     if boundaries is not None:
-        codes = boundaries.codes.reshape(-1).index_select(0, rows)
+        codes = flat(boundaries.codes).index_select(0, rows)
         boundaries = Boundaries(codes, boundaries.states).of_rows(order)
     own = tuple(s.index_select(1, order) for s in hx)
     output, h_n, c_n, states = net.run(
-        data.flatten(0, 1).index_select(0, rows), exists.sum(1), own if spec.has_c else own[0],
-        boundaries, is_padded=True,
+        _Selected.apply(flat(data), rows, places), exists.sum(1),
+        own if spec.has_c else own[0], boundaries, is_padded=True,
     )  # fmt: skip
 
-    def padded(packed: Tensor, dim: int) -> Tensor:
-        sizes = [*packed.shape[:dim], steps * batch, packed.shape[-1]]
-        whole = packed.new_zeros(sizes).index_copy(dim, rows, packed)
-        return whole.unflatten(dim, (steps, batch))
-
     if states is not None:
-        states = states.map(lambda s: padded(s, 1))
+        states = states.map(padded)
     last = [
         s.to(n.dtype).index_copy(1, order, n)
         for s, n in zip(hx, (h_n, c_n), strict=False)
     ]
-    return padded(output, 0), last[0], last[1] if spec.has_c else c_n, states
+    return padded(output), last[0], last[1] if spec.has_c else c_n, states
+
+
+class _Selected(Function):
+    """Arguments: t [..., n, width], the rows of t in their new order, and which rows of the result
+    those of t are. Rows that do not exist are zeros, their index is the number of those that do.
+
+    Each row is there at most once: its gradient is read where a sum over an index would add."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(index, back)
+        ctx.save_for_forward(index)
+        return _select(t, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _select(grad, ctx.saved_tensors[1]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _select(tangent, ctx.saved_tensors[0])
+
+
+def _select(t: Tensor, index: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() or _ops.native_error or modes.is_transformed([t])):
+        made: Tensor | None = _ops.select_rows(_ops.python_tensors, t.contiguous(), index)
+        if made is not None:
+            return made
+    if len(index) > t.shape[-2]:
+        t = F.pad(t, (0, 0, 0, 1))
+    return t.index_select(-2, index)
 
 
 def initial(spec: LayerSpec, data: Tensor, hx: Any) -> tuple[Tensor, ...]:

@@ -22,6 +22,8 @@ class CpuDevice final : public Device {
   char* take_between(size_t bytes) override { return between_.get(bytes); }
   ScalarType between_dtype(ScalarType storage) const override { return compute_dtype(storage); }
 
+  bool takes_lists() const override { return true; }
+
   void run(const ScanArgs& args) override { scan(args); }
   void run(const ScanBackwardArgs& args) override { scan(args); }
 

@@ -48,8 +48,9 @@ struct ProductArgs {
   const void* a;
   int64_t a_row, a_k;  // between the rows of a, and between its columns; one of them is 1
   Dtype b_dtype;
-  const void* b;
-  int64_t b_row;
+  const void* b;  // its first element, or with a list the addresses of its rows
+  int64_t b_row;  // between the rows of b, or between their addresses
+  bool b_is_list;
   void* target;
   int64_t target_row;
   int64_t rows, columns, K;

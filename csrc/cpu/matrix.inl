@@ -49,21 +49,22 @@ void with_b_type(const ProductArgs& p, F f) {
 inline void pack_matrix(const ProductArgs& p, void* packed, int64_t block) {
   with_b_type(p, [&](auto type) {
     using T = decltype(type);
-    pack_columns(static_cast<const T*>(p.b), p.b_row, shape_of(p, Vec<Compute<T>>::kLanes), block,
-                 static_cast<Compute<T>*>(packed));
+    pack_columns<T>({p.b, p.b_row, p.b_is_list}, shape_of(p, Vec<Compute<T>>::kLanes), block,
+                    static_cast<Compute<T>*>(packed));
   });
 }
 
-// target [columns] = sum of `terms` rows of b, each times its a; or added to target.
+// target [columns] = sum of `terms` rows of b from row `first` on, each times its a; or added to target.
 template <int terms, class T, class S>
-void add_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, S* target, int64_t columns, bool add) {
+void add_terms(const S* a, int64_t a_k, const MatrixRows<T>& b, int64_t first, S* target, int64_t columns, bool add) {
   using V = Vec<S>;
   constexpr int kLanes = V::kLanes;
   V factor[terms];
-  for (int k = 0; k < terms; ++k) factor[k] = V(a[k * a_k]);
+  const T* row[terms];
+  for (int k = 0; k < terms; ++k) factor[k] = V(a[(first + k) * a_k]), row[k] = b[first + k];
   const auto column = [&](int64_t j, int n) {
-    V sum = factor[0] * load(b + j, n);
-    for (int k = 1; k < terms; ++k) sum = fma(factor[k], load(b + k * b_row + j, n), sum);
+    V sum = factor[0] * load(row[0] + j, n);
+    for (int k = 1; k < terms; ++k) sum = fma(factor[k], load(row[k] + j, n), sum);
     store(target + j, add ? load(target + j, n) + sum : sum, n);
   };
   int64_t j = 0;
@@ -71,35 +72,34 @@ void add_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, S* target, in
   if (j < columns) column(j, static_cast<int>(columns - j));
 }
 
-// target [columns] = sum of at most kFewTerms rows of b, each times its a; or added to target.
+// target [columns] = sum of at most kFewTerms rows of b from row `first` on, each times its a; or added to target.
 template <class T, class S>
-void add_few_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, int64_t terms, S* target, int64_t columns,
-                   bool add) {
+void add_few_terms(const S* a, int64_t a_k, const MatrixRows<T>& b, int64_t first, int64_t terms, S* target,
+                   int64_t columns, bool add) {
   switch (terms) {
     case 1:
-      return add_terms<1>(a, a_k, b, b_row, target, columns, add);
+      return add_terms<1>(a, a_k, b, first, target, columns, add);
     case 2:
-      return add_terms<2>(a, a_k, b, b_row, target, columns, add);
+      return add_terms<2>(a, a_k, b, first, target, columns, add);
     case 3:
-      return add_terms<3>(a, a_k, b, b_row, target, columns, add);
+      return add_terms<3>(a, a_k, b, first, target, columns, add);
     default:
-      return add_terms<kFewTerms>(a, a_k, b, b_row, target, columns, add);
+      return add_terms<kFewTerms>(a, a_k, b, first, target, columns, add);
   }
 }
 
 // target [columns] = sum of K rows of b, each times its a; or added to target. part: memory for `columns` elements.
 template <class T, class S>
-void sum_terms(const S* a, int64_t a_k, const T* b, int64_t b_row, int64_t K, S* target, int64_t columns, bool add,
+void sum_terms(const S* a, int64_t a_k, const MatrixRows<T>& b, int64_t K, S* target, int64_t columns, bool add,
                S* part) {
   for (int64_t j = 0; K == 0 && !add && j < columns; ++j) target[j] = 0;
   for (int64_t first = 0; first < K; first += kChunk, add = true) {
     const int64_t last = K - first < kChunk ? K : first + kChunk;
     S* sum = add ? part : target;
-    for (int64_t k = first; k < last; k += kFewTerms)
-      add_few_terms(a + k * a_k, a_k, b + k * b_row, b_row, last - k, sum, columns, k > first);
+    for (int64_t k = first; k < last; k += kFewTerms) add_few_terms(a, a_k, b, k, last - k, sum, columns, k > first);
     if (add) {
       const S one = 1;
-      add_terms<1>(&one, 0, part, 0, target, columns, true);
+      add_terms<1>(&one, 0, MatrixRows<S>(part, 0), 0, target, columns, true);
     }
   }
 }
@@ -108,7 +108,7 @@ template <class T>
 void multiply_small(const ProductArgs& p, void* part, int64_t first, int64_t last) {
   using S = Compute<T>;
   for (int64_t r = first; r < last; ++r)
-    sum_terms(static_cast<const S*>(p.a) + r * p.a_row, p.a_k, static_cast<const T*>(p.b), p.b_row, p.K,
+    sum_terms(static_cast<const S*>(p.a) + r * p.a_row, p.a_k, MatrixRows<T>(p.b, p.b_row, p.b_is_list), p.K,
               static_cast<S*>(p.target) + r * p.target_row, p.columns, p.add, static_cast<S*>(part));
 }
 

@@ -113,9 +113,24 @@ void pack_rows(const T* weight, const PackedShape& s, int64_t block, Compute<T>*
   }
 }
 
-// weight [K, units], rows `stride` elements apart: one gate, every row already holds the lanes side by side.
+// Rows of a matrix: `apart` elements apart, or of each an address, these `apart` addresses apart.
 template <class T>
-void pack_columns(const T* weight, int64_t stride, const PackedShape& s, int64_t block, Compute<T>* packed) {
+struct MatrixRows {
+  const T* first;
+  const void* const* list;  // null: no list
+  int64_t apart;
+
+  MatrixRows(const T* first_, int64_t apart_) : first(first_), list(nullptr), apart(apart_) {}
+  MatrixRows(const void* rows, int64_t apart_, bool is_list)
+      : first(is_list ? nullptr : static_cast<const T*>(rows)),
+        list(is_list ? static_cast<const void* const*>(rows) : nullptr),
+        apart(apart_) {}
+  const T* operator[](int64_t k) const { return list ? static_cast<const T*>(list[k * apart]) : first + k * apart; }
+};
+
+// weight [K, units]: one gate, every row already holds the lanes side by side.
+template <class T>
+void pack_columns(const MatrixRows<T>& weight, const PackedShape& s, int64_t block, Compute<T>* packed) {
   using S = Compute<T>;
   constexpr int kLanes = Vec<S>::kLanes;
   packed += block * s.pair_size;
@@ -123,7 +138,7 @@ void pack_columns(const T* weight, int64_t stride, const PackedShape& s, int64_t
   const int first = left < kLanes ? static_cast<int>(left) : kLanes;
   const int second = left - first < kLanes ? static_cast<int>(left - first) : kLanes;
   for (int64_t k = 0; k < s.K; ++k) {
-    const T* source = weight + k * stride + j;
+    const T* source = weight[k] + j;
     store(packed + k * kPair * kLanes, load(source, first), kLanes);
     store(packed + k * kPair * kLanes + kLanes, second ? load(source + kLanes, second) : Vec<S>(S(0)), kLanes);
   }

@@ -48,7 +48,8 @@ namespace {
 void multiply(ProductArgs p, int64_t most) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t K = p.K;
-  const size_t a_item = p.is_double ? 8 : 4, b_item = is_16_bit(p.b_dtype) ? 2 : a_item;
+  const size_t a_item = p.is_double ? 8 : 4;
+  const size_t b_item = p.b_is_list ? sizeof(void*) : is_16_bit(p.b_dtype) ? 2 : a_item;
   const int64_t step = std::max<int64_t>(1, kMinWorkPerThread / (std::min(K, most) * p.columns + 1) / kMatrixRows);
   PassScratch<3> scratch;
   int64_t k = 0;
@@ -75,14 +76,14 @@ void multiply(ProductArgs p, int64_t most) {
 void outer_product(const Rows& result, int64_t target_rows, int64_t K, const Rows& a, const Rows& b, int64_t rows,
                    bool add) {
   if (rows == 0 && add) return;
-  multiply({is_double(a), a.data(), 1, a.row_stride, dtype_of(b.array.dtype), b.data(), b.row_stride, result.data(),
-            result.row_stride, target_rows, K, rows, add},
+  multiply({is_double(a), a.data(), 1, a.row_stride, dtype_of(b.array.dtype), b.data(), b.row_stride, b.is_list,
+            result.data(), result.row_stride, target_rows, K, rows, add},
            kSumBlock);
 }
 
 void row_product(const Rows& result, int64_t rows, int64_t columns, const Rows& a, const Rows& b, int64_t K, bool add) {
-  multiply({is_double(a), a.data(), a.row_stride, 1, dtype_of(b.array.dtype), b.data(), b.row_stride, result.data(),
-            result.row_stride, rows, columns, K, add},
+  multiply({is_double(a), a.data(), a.row_stride, 1, dtype_of(b.array.dtype), b.data(), b.row_stride, b.is_list,
+            result.data(), result.row_stride, rows, columns, K, add},
            kRowBlock);
 }
 

@@ -50,10 +50,10 @@ struct Backward {
     const BackwardScratch<S> s(a, G, scratch);
     const int64_t d = index % a.D, block = index / a.D;
     if (block < s.hh.blocks)
-      pack_columns(static_cast<const T*>(a.weight_hh[d]), a.P, s.hh, block, s.packed_hh + d * s.hh.size());
+      pack_columns<T>({static_cast<const T*>(a.weight_hh[d]), a.P}, s.hh, block, s.packed_hh + d * s.hh.size());
     else
-      pack_columns(static_cast<const T*>(a.weight_hr[d]), a.H, s.hr, block - s.hh.blocks,
-                   s.packed_hr + d * s.hr.size());
+      pack_columns<T>({static_cast<const T*>(a.weight_hr[d]), a.H}, s.hr, block - s.hh.blocks,
+                      s.packed_hr + d * s.hr.size());
   }
 
   static void run(const ScanBackwardArgs& args, const CpuPlan& p, char* scratch, const Share& share) {
@@ -190,10 +190,10 @@ struct Backward {
   void product_unpacked(int64_t b, int64_t rows, int64_t begin, int64_t end) {
     const int64_t first = s.hh.first_vector(begin) * kLanes, row_sums = s.hh.columns(begin, end) * kLanes;
     const int64_t columns = std::min(s.hh.vectors_in(begin, end) * kLanes, a.P - first);
-    const T* weight = static_cast<const T*>(a.weight_hh[d]) + first;
+    const MatrixRows<T> weight(static_cast<const T*>(a.weight_hh[d]) + first, a.P);
     alignas(64) S part[kMaxRunPairs * kPair * kLanes];
     for (int64_t i = 0; i < rows; ++i)
-      sum_terms(dr_row(now, b + i), 1, weight, a.P, s.hh.K, sums.data + i * row_sums, columns, false, part);
+      sum_terms(dr_row(now, b + i), 1, weight, s.hh.K, sums.data + i * row_sums, columns, false, part);
   }
 
   void enter(int64_t b) {
@@ -249,8 +249,6 @@ struct Backward {
 
   // The whole gradient of the projected h: from the next step (or h_n, for a row that enters) and from the output.
   void projected_run(int64_t t, int64_t b0, int64_t rows, int64_t begin, int64_t end, bool multiplied) {
-    const int64_t first = s.hh.first_vector(begin) * kLanes, last = first + s.hh.vectors_in(begin, end) * kLanes;
-    for (int64_t i = 0; a.before && i < rows; ++i) keep_before(t, b0 + i, a.entering(d, t, b0 + i), first, last);
     for_vectors(s.hh, begin, end, rows, [&](int64_t i, int64_t j, int n, V product) {
       const int64_t b = b0 + i, row = a.row(t, b);
       V dp = multiplied ? product : load(dp_row(b) + j, n);
@@ -258,17 +256,6 @@ struct Backward {
       store(dp_row(b) + j, dp, kLanes);
       store(at<S>(a.dprojected, (d * a.N + row) * a.P + j), dp, n);
     });
-  }
-
-  // The h that entered a step, of row k of h0 or of the step before (-1), units [first, last), to where the gradient of
-  // weight_hh finds it beside dr.
-  void keep_before(int64_t t, int64_t b, int64_t k, int64_t first, int64_t last) {
-    const int64_t t_before = a.reversed(d) ? t + 1 : t - 1;
-    const T* source =
-        k >= 0 ? at<T>(a.h0, (d * a.K() + k) * a.P) : at<T>(a.output, (a.row(t_before, b) * a.D + d) * a.P);
-    Part part(std::min(last, a.P));
-    part.first = first;
-    copy_row(source, part, at<T>(a.before, (d * a.N + a.row(t, b)) * a.P));
   }
 
   // What the cell reads and writes of a row, units [first, last): short pieces that no prefetcher foresees.
@@ -292,7 +279,6 @@ struct Backward {
     for (int64_t i = 0; i < rows; ++i) {
       if (i + kRowsAhead < rows) prefetch_row(t, b0 + i + kRowsAhead, first * kLanes, (first + vectors) * kLanes);
       const int64_t k = a.entering(d, t, b0 + i);
-      if (a.before && !a.projected) keep_before(t, b0 + i, k, first * kLanes, (first + vectors) * kLanes);
       const S* products = sums.data + i * row_sums;
       int64_t u = 0;
       for (; u + 1 < vectors && (first + u + 2) * kLanes <= a.H; u += 2)

@@ -20,6 +20,7 @@ class KernelDevice : public Device {
   Tensor zeros(const Sizes& sizes, ScalarType dtype) const override;
   char* take_between(size_t bytes) override;
   ScalarType between_dtype(ScalarType storage) const override { return storage; }
+  bool takes_lists() const override { return false; }
 
   void run(const ScanArgs& args) override { scan(args, context_); }
   void run(const ScanBackwardArgs& args) override { scan(args, context_); }
