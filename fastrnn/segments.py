@@ -42,7 +42,7 @@ def steps_of(recompute: bool | int, call: Call, input: Tensor) -> int:
 
 
 # Of a segment: below, what is around its two calls of an operator (0.1 ms) shows.
-_ROWS = 2048
+_ROWS = 1536
 
 
 def layer(
@@ -161,6 +161,18 @@ class _Direction:
         )  # fmt: skip
         return results
 
+    def forward(
+        self, i: int, segment: _Segment, states: list[Tensor], kept: list[Tensor], output: Tensor
+    ) -> list[Tensor]:  # fmt: skip
+        """Segment number i: writes the states that enter it and its output; the states behind."""
+        entering = self.enter(segment, states)
+        for room, state in zip(kept, entering, strict=True):
+            room[i : i + 1, : segment.batch] = state
+        found, *last = self.run(segment, entering, False)[: 1 + len(states)]
+        P = found.shape[-1]
+        output[segment.rows][..., self.d * P : (self.d + 1) * P] = found
+        return [_in_front(n, s) for n, s in zip(last, states, strict=True)]
+
     def gradients(
         self, segment: _Segment, states: list[Tensor], grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
@@ -188,32 +200,25 @@ class _Segmented(Function):
     def forward(
         ctx: Any, backend: str, call: Call, steps: int, *leaves: Tensor | None
     ) -> tuple[Tensor, ...]:
-        input = leaves[0]
+        input, weight_hh = leaves[0], leaves[4]
         assert input is not None
+        assert weight_hh is not None
         has_c = reference.CELLS[call.cell].has_c
-        outputs, finals, kept = [], [], []
+        finals, kept = [], []
         with torch._C._AutoDispatchBelowAutograd():
+            output = input.new_empty(*input.shape[:-1], call.groups * weight_hh.shape[-1])
             for d in range(call.groups):
                 direction = _Direction(backend, call, d, steps, leaves)
-                states, output = direction.first_states(), None
-                for segment in direction.segments:
-                    entering = direction.enter(segment, states)
-                    kept += entering
-                    found, *last = direction.run(segment, entering, False)[: 2 + has_c]
-                    if output is None:
-                        output = found.new_empty(*input.shape[:-1], found.shape[-1])
-                    output[segment.rows] = found
-                    states = [
-                        torch.cat([n, s[:, segment.batch :]], 1)
-                        for n, s in zip(last, states, strict=True)
-                    ]
-                assert output is not None
-                outputs.append(output)
+                states = direction.first_states()
+                # What stays is there before what goes: gaps between the two would stay unused.
+                own = [s.new_empty(len(direction.segments), *s.shape[1:]) for s in states]
+                for i, segment in enumerate(direction.segments):
+                    states = direction.forward(i, segment, states, own, output)
+                kept += own
                 finals.append(states)
         ctx.save_for_backward(call.batch_sizes, call.resets, *leaves, *kept)
         ctx.how = (backend, call._replace(batch_sizes=None, resets=None), steps, len(leaves))
         ctx.set_materialize_grads(False)
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         h_n, *c_n = (torch.cat(s) for s in zip(*finals, strict=True))
         return output, h_n, c_n[0] if has_c else input.new_empty(0)
 
@@ -236,18 +241,24 @@ class _Segmented(Function):
         return None, None, None, *found
 
 
+def _in_front(states: Tensor, whole: Tensor) -> Tensor:
+    """Those of the first rows [1, n, ...], then those of the others [1, B, ...]."""
+    n = states.shape[1]
+    return states if n == whole.shape[1] else torch.cat([states, whole[:, n:]], 1)
+
+
 def _gradients(
     backend: str, call: Call, steps: int, leaves: Sequence[Any], kept: list[Tensor],
     grads: Sequence[Tensor | None], wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Those of the leaves that are wanted."""
     input = leaves[0]
-    dinput = torch.zeros_like(input) if wanted[0] else None
+    dinput = torch.empty_like(input) if wanted[0] else None
     dweights: list[Tensor | None] = []
     by_direction = []
     for d in range(call.groups):
         direction = _Direction(backend, call, d, steps, leaves)
-        count = len(direction.segments) * len(direction.initial)
+        count = len(direction.initial)
         own, kept = kept[:count], kept[count:]
         per = len(direction.weights)
         asked = [wanted[0], True, True, *wanted[3 + d * per : 3 + (d + 1) * per]]
@@ -272,7 +283,6 @@ def _of_direction(
     width = direction.weights[-1 if len(direction.weights) % 2 else 1].shape
     P = width[0] if len(direction.weights) % 2 else width[1]
     doutput = None if grads[0] is None else grads[0][..., d * P : (d + 1) * P]
-    each = len(direction.initial)
     like = direction.first_states()
     running = [
         torch.zeros_like(s) if g is None else g[d : d + 1].clone()
@@ -281,13 +291,15 @@ def _of_direction(
     resets = [torch.zeros_like(s, dtype=compute) for s in like]  # of the states behind resets
     sums: list[Tensor | None] = [None] * len(direction.weights)
     for i, segment in reversed(list(enumerate(direction.segments))):
-        states, n = kept[i * each : (i + 1) * each], segment.batch
+        n = segment.batch
+        states = [s[i : i + 1, :n] for s in kept]
         given = [None if doutput is None else doutput[segment.rows], *(g[:, :n] for g in running)]
         of_input, of_states, of_weights = direction.gradients(
             segment, states, (*given, None)[:3], wanted
         )
         if dinput is not None and of_input is not None:
-            dinput[segment.rows] += of_input
+            own = dinput[segment.rows]
+            own.add_(of_input) if d > 0 else own.copy_(of_input)
         for k, gradient in enumerate(of_weights):
             if wanted[3 + k] and gradient is not None:
                 total = sums[k]
@@ -301,7 +313,7 @@ def _of_direction(
                 rows = len(cut)
                 resets[k][:, :rows] += entered[:, :rows].masked_fill(~cut, 0)
                 entered = torch.cat([entered[:, :rows].masked_fill(cut, 0), entered[:, rows:]], 1)
-            running[k] = torch.cat([entered, running[k][:, n:]], 1)
+            running[k] = _in_front(entered, running[k])
     dtype = direction.input.dtype
     if call.resets is not None:
         running = [torch.cat([s, r.to(dtype)], 1) for s, r in zip(running, resets, strict=True)]
