@@ -1,11 +1,11 @@
-// fastrnn._C: what the extension says of itself; and from python_stream.cpp the short way to the operators of steps.
+// fastrnn._C: what the extension says of itself; and of python_parts.h what takes tensors without an operator.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/scan_cpu.h"
 #include "cuda/plan.h"
 #include "problem.h"
-#include "python_stream.h"
+#include "python_parts.h"
 
 #if defined(FASTRNN_CUDA)
 #include "cuda/python_graphs.h"

@@ -1,5 +1,5 @@
 // _C.select_rows, which lengths.py calls.
-#include "python_stream.h"
+#include "python_parts.h"
 #include "python_tensors.h"
 #include "rows.h"
 

@@ -1,6 +1,6 @@
 // What a call asks of Python before and after its kernels, in C++: fastrnn/stream.py, which falls back to itself
 // wherever this answers None.
-#include "python_stream.h"
+#include "python_parts.h"
 
 #include <pybind11/stl.h>
 

@@ -17,9 +17,10 @@ namespace fastrnn {
 // Whether every index was from 0 to n; otherwise the result is not to be used.
 inline bool select_rows(const char* rows, int64_t M, int64_t n, const int64_t* index, int64_t J, size_t row_bytes,
                         char* made) {
-  constexpr int64_t kGrain = 64;  // rows a thread takes at least
+  constexpr size_t kMinBytesPerThread = size_t{1} << 18;  // as many elements as for other passes (products.cpp)
+  const int64_t grain = static_cast<int64_t>(kMinBytesPerThread / (row_bytes + 1)) + 1;
   std::atomic<bool> is_inside{true};
-  torch::stable::parallel_for(0, M * J, kGrain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, M * J, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t from = index[i % J];
       char* const target = made + static_cast<size_t>(i) * row_bytes;

@@ -41,6 +41,8 @@ struct ScanShape {
   WeightType weight_type = WeightType::kStorage;
   const uint8_t* resets = nullptr;  // [N] a Reset for each row of data, or null; where the data lies
 
+  // Whether the h that enters a row may be another than that of the row B before it (in reverse: behind it).
+  bool has_boundaries() const { return batch_sizes || resets; }
   FASTRNN_FN int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   FASTRNN_FN int64_t row(int64_t t, int64_t b) const { return (offsets ? offsets[t] : t * B) + b; }
   FASTRNN_FN bool reversed(int64_t d) const {
@@ -82,6 +84,7 @@ struct ScanArgs : ScanShape {
   void* saved;                   // Storage [D, N, A, H] activations for backward, or null: not kept
 };
 
+// `before` is wanted where there are boundaries and the device takes no lists (device.h), so never on the CPU.
 struct ScanBackwardArgs : ScanShape {
   const void* doutput;           // Storage [N, D, P], or null: 0
   const void* dh_n;              // Storage [D, B, P], or null: 0
@@ -98,10 +101,9 @@ struct ScanBackwardArgs : ScanShape {
   void* drecurrent;              // Between [D, N, R, H] gradient of the recurrent products of the last R gates
   void* dprojected;              // Between [D, N, P] whole gradient of h after each step, projected only
   void* unprojected;             // Between [D, N, H] o tanh(c) of each step, projected only
-  void*
-      before;  // Storage [D, N, P] h that entered each step, packed or with resets, or null: not wanted; not on the CPU
-  void* dh0;   // Storage [D, K, P], or null: not wanted
-  void* dc0;   // Storage [D, K, H], or null: not wanted
+  void* before;                  // Storage [D, N, P] h that entered each step, or null: not wanted
+  void* dh0;                     // Storage [D, K, P], or null: not wanted
+  void* dc0;                     // Storage [D, K, H], or null: not wanted
 };
 
 }  // namespace fastrnn

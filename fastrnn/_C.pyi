@@ -33,6 +33,8 @@ class PlainCalls:
 class PythonTensors:
     def __init__(self, tensor: type, parameter: type) -> None: ...
 
+def select_rows(tensors: PythonTensors, rows: Tensor, index: Tensor) -> Tensor | None: ...
+
 class StepKind:
     def __init__(
         self, *, cell: str, L: int, I: int, H: int, P: int, bias: bool, quantized: bool

@@ -45,11 +45,12 @@ def rnn(
         nonlinearity: ``"tanh"`` or ``"relu"``.
         num_layers, bias, batch_first, dropout, bidirectional: as in ``torch.nn.RNN``.
         training: whether ``dropout`` applies.
-        options: ``resets``, ``reset_hx``, ``lengths`` and ``return_states``, as in the ``forward``
-            of :class:`fastrnn.RNN`.
+        options: ``resets``, ``reset_hx``, ``lengths``, ``return_states`` and ``recompute``, as in
+            the ``forward`` of :class:`fastrnn.RNN`.
 
     Returns:
-        output [T, B, D * H] (laid out as the input) and h_n [L * D, B, H].
+        output [T, B, D * H] (laid out as the input) and h_n [L * D, B, H]; with ``return_states``
+        also the states after every step.
 
     Raises:
         ValueError, RuntimeError, TypeError: arguments of wrong shape, dtype, device or type, as
@@ -148,6 +149,9 @@ def _checked_layers(
     spec = checks.layer_spec(
         mode, input_size, rows // gates, proj_size, num_layers, bidirectional, bool(bias)
     )
+    unknown = [name for name in options if name not in Options._fields]
+    if unknown:
+        raise TypeError(f"{spec.cell}: unexpected keyword argument '{unknown[0]}'")
     return layers.run(
         spec, input, weights, hx, batch_first, dropout, training,
         Options(**options) if options else None,

@@ -176,10 +176,8 @@ class Net(NamedTuple):
         not. ``is_padded``: the user gave packed data as [T, B, I]."""
         spec, weights = self.spec, self.weights
         h0, c0 = hx if spec.has_c and hx is not None else (hx, None)
-        state_dtype = c_dtype = None
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(data.device.type):
-            is_packed = batch_sizes is not None and not is_padded
-            state_dtype, c_dtype = _autocast_dtypes(spec, data, is_packed, h0, c0)
+        is_packed = batch_sizes is not None and not is_padded
+        state_dtype, c_dtype = self.autocast_dtypes(data, is_packed, h0, c0)
         if state_dtype is not None:
             data, weights, h0, c0 = cast(state_dtype, data, weights, h0, c0)
             boundaries = boundaries and boundaries.to(state_dtype)
@@ -213,20 +211,25 @@ class Net(NamedTuple):
             states = States(torch.stack(h_all), torch.stack(c_all) if keep_cells else None)
         return data, h, c if c_dtype is None else c.to(c_dtype), states
 
+    def autocast_dtypes(
+        self, data: Tensor, is_packed: bool, h0: Tensor | None, c0: Tensor | None = None
+    ) -> tuple[torch.dtype | None, torch.dtype | None]:
+        """The dtype of the layers under autocast, and that of c_n where it is another; None, None
+        without autocast.
 
-def _autocast_dtypes(
-    spec: LayerSpec, data: Tensor, is_packed: bool, h0: Tensor | None, c0: Tensor | None
-) -> tuple[torch.dtype, torch.dtype | None]:
-    """The dtype of the layers under autocast, and that of c_n where it is another.
-
-    As torch.nn: on a GPU everything takes the autocast dtype. On the CPU GRU and the packed LSTM
-    without projection keep the dtype of their state (without hx: of the input), the others take the
-    autocast dtype; with a projection c_n keeps its own."""
-    keeps = spec.cell == "gru" or (spec.cell == "lstm" and is_packed and not spec.proj_size)
-    if keeps and not data.is_cuda:
-        return autocast_promoted(data if h0 is None else h0), None
-    of_c = (data if c0 is None else c0).dtype if spec.proj_size and not data.is_cuda else None
-    return autocast_dtype(data), of_c
+        As torch.nn: on a GPU everything takes the autocast dtype. On the CPU GRU and the packed
+        LSTM without projection keep the dtype of their state (without hx: of the input), the others
+        take the autocast dtype; with a projection c_n keeps its own."""
+        if not torch._C._is_any_autocast_enabled():
+            return None, None
+        if not torch.is_autocast_enabled(data.device.type):
+            return None, None
+        spec = self.spec
+        keeps = spec.cell == "gru" or (spec.cell == "lstm" and is_packed and not spec.proj_size)
+        if keeps and not data.is_cuda:
+            return autocast_promoted(data if h0 is None else h0), None
+        of_c = (data if c0 is None else c0).dtype if spec.proj_size and not data.is_cuda else None
+        return autocast_dtype(data), of_c
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from . import _ops, modes
+from . import _backend, _ops, modes
 from .checks import LayerSpec
 from .reference import RESTART
 from .sequences import Boundaries, States
@@ -33,31 +35,41 @@ def run(
 ) -> Results:
     """``net.run`` over rows of these lengths: output [T, B, D * P], zeros behind each row's end."""
     _check(net.spec, data, lengths)
-    if data.is_cpu and not _is_symbolic():
+    if data.is_cpu and not _is_symbolic(data):
         _check_values(net.spec, data, lengths)
         return _packed(net, data, hx, boundaries, lengths.cpu())
     return _masked(net, data, hx, boundaries, lengths.to(data.device))
 
 
 def lengths_of_mask(
-    name: str, mask: Tensor, lengths: Tensor | None, batch_first: bool
+    name: str, input: Any, mask: Tensor, lengths: Tensor | None, batch_first: bool
 ) -> Tensor:
     """The lengths of rows whose steps a mask marks, bool [T, B] or [B, T]."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
-        raise TypeError(f"{name}: mask must be a bool tensor of 2 dimensions")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name}: mask must be a bool tensor, got {kind}")
+    if not isinstance(input, Tensor) or input.dim() != 3:
+        raise ValueError(f"{name}: mask needs an input of 3 dimensions")
+    if mask.shape != input.shape[:2]:
+        raise ValueError(
+            f"{name}: mask must have shape {tuple(input.shape[:2])}, got {tuple(mask.shape)}"
+        )
     if lengths is not None:
         raise ValueError(f"{name}: lengths and mask were given")
     over_time = mask.transpose(0, 1) if batch_first else mask
-    if mask.is_cpu and not _is_symbolic() and (over_time[1:] & ~over_time[:-1]).any():
+    if mask.is_cpu and not _is_symbolic(mask) and (over_time[1:] & ~over_time[:-1]).any():
         raise ValueError(f"{name}: mask must mark the first steps of each row, without gaps")
     return over_time.sum(0)
 
 
-def _is_symbolic() -> bool:
+def _is_symbolic(tensor: Tensor) -> bool:
+    """Whether there are no values to look at."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or modes.is_traced()
+        or isinstance(tensor, FakeTensor)
+        or get_proxy_mode() is not None  # make_fx
     )
 
 
@@ -88,21 +100,22 @@ def _packed(
 ) -> Results:
     spec, (steps, batch) = net.spec, data.shape[:2]
     by_row = data.stride(0) < data.stride(1)  # as it lies in memory, [B, T, I]
+    hx = initial(spec, data, hx)
     lengths, order = lengths.long().sort(descending=True, stable=True)
     order = order[: int((lengths > 0).sum())]
-    exists = lengths[: len(order)] > torch.arange(int(lengths[0]) if len(order) else 0)[:, None]
-    t = torch.arange(len(exists))[:, None]
-    rows = (order * steps + t if by_row else t * batch + order)[exists]
-    places = rows.new_full([steps * batch], len(rows)).index_copy(0, rows, torch.arange(len(rows)))
-    hx = initial(spec, data, hx)
     if len(order) == 0:
         return _nothing(net, data, hx)
+    t = torch.arange(int(lengths[0]), device=data.device)[:, None]
+    exists = lengths[: len(order)] > t
+    rows = (order * steps + t if by_row else t * batch + order)[exists]
+    places = rows.new_full([steps * batch], len(rows))
+    places[rows] = torch.arange(len(rows), device=data.device)
 
     def flat(padded: Tensor) -> Tensor:
         return (padded.transpose(0, 1) if by_row else padded).flatten(0, 1)
 
     def padded(packed: Tensor) -> Tensor:
-        whole: Tensor = _Selected.apply(packed, places, rows)
+        whole: Tensor = _SelectedRows.apply(packed, places, rows)
         if by_row:
             return whole.unflatten(-2, (batch, steps)).transpose(-2, -3)
         return whole.unflatten(-2, (steps, batch))
@@ -112,7 +125,7 @@ def _packed(
         boundaries = Boundaries(codes, boundaries.states).of_rows(order)
     own = tuple(s.index_select(1, order) for s in hx)
     output, h_n, c_n, states = net.run(
-        _Selected.apply(flat(data), rows, places), exists.sum(1),
+        _SelectedRows.apply(flat(data), rows, places), exists.sum(1),
         own if spec.has_c else own[0], boundaries, is_padded=True,
     )  # fmt: skip
 
@@ -125,7 +138,7 @@ def _packed(
     return padded(output), last[0], last[1] if spec.has_c else c_n, states
 
 
-class _Selected(Function):
+class _SelectedRows(Function):
     """Arguments: t [..., n, width], the rows of t in their new order, and which rows of the result
     those of t are. Rows that do not exist are zeros, their index is the number of those that do.
 
@@ -135,23 +148,24 @@ class _Selected(Function):
     def forward(ctx: Any, t: Tensor, index: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(index, back)
         ctx.save_for_forward(index)
-        return _select(t, index)
+        return _select_rows(t, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _select(grad, ctx.saved_tensors[1]), None, None
+        return _select_rows(grad, ctx.saved_tensors[1]), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _select(tangent, ctx.saved_tensors[0])
+        return _select_rows(tangent, ctx.saved_tensors[0])
 
 
-def _select(t: Tensor, index: Tensor) -> Tensor:
-    if not (torch.is_grad_enabled() or _ops.native_error or modes.is_transformed([t])):
+def _select_rows(t: Tensor, index: Tensor) -> Tensor:
+    is_plain = not torch.is_grad_enabled() and not modes.is_transformed([t])
+    if is_plain and _backend.is_plain_native_on(t):
         made: Tensor | None = _ops.select_rows(_ops.python_tensors, t.contiguous(), index)
         if made is not None:
             return made
-    if len(index) > t.shape[-2]:
+    if len(index) > t.shape[-2]:  # only then are there rows that do not exist
         t = F.pad(t, (0, 0, 0, 1))
     return t.index_select(-2, index)
 
@@ -169,14 +183,19 @@ def _nothing(net: Net, data: Tensor, hx: tuple[Tensor, ...]) -> Results:
     """No row has a step."""
     spec = net.spec
     lead, D = data.shape[:2], spec.directions
+    dtype, c_dtype = net.autocast_dtypes(data, False, *hx)
     # Part of the graph nevertheless, as if rows had run: the gradients are zeros.
-    nothing = [t.reshape(-1)[:0].sum() for t in (data, *net.weights)]
-    output = data.new_zeros(*lead, D * spec.output_size) + torch.stack(nothing).sum()
+    zero = torch.stack([t.reshape(-1)[:0].sum() for t in (data, *net.weights)]).sum()
+    zero = zero.to(dtype or data.dtype)
+    output = zero.expand(*lead, D * spec.output_size).clone()
+    h_n = hx[0].to(zero.dtype) + zero
+    c_n = hx[1].to(c_dtype or zero.dtype) + zero if spec.has_c else data.new_empty(0)
     states = None
     if net.return_states:
-        c = data.new_zeros(spec.num_layers, *lead, D * spec.hidden_size) if spec.has_c else None
-        states = States(output.expand(spec.num_layers, *output.shape).clone(), c)
-    return output, hx[0], hx[1] if spec.has_c else data.new_empty(0), states
+        c = zero.expand(spec.num_layers, *lead, D * spec.hidden_size).clone()
+        states = States(output.expand(spec.num_layers, *output.shape).clone(), None)
+        states = states._replace(c=c) if spec.has_c else states
+    return output, h_n, c_n, states
 
 
 def _masked(
@@ -220,11 +239,11 @@ def _masked(
     ]
     kept = None
     if net.return_states:
-        kept = states.map(lambda s: _padded(s, exists, wrong))
-    output = _padded(output, exists, wrong)
+        kept = states.map(lambda s: _zeros_behind(s, exists, wrong))
+    output = _zeros_behind(output, exists, wrong)
     return output, last[0], last[1] if spec.has_c else c_n, kept
 
 
-def _padded(states: Tensor, exists: Tensor, is_wrong: Tensor) -> Tensor:
+def _zeros_behind(states: Tensor, exists: Tensor, is_wrong: Tensor) -> Tensor:
     """[..., T, B, width]: zeros behind each row's end, NaN in rows of impossible lengths."""
     return states.masked_fill(~exists, 0).masked_fill(is_wrong, float("nan"))

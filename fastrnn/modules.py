@@ -49,8 +49,9 @@ class Layer(nn.RNNBase):
             return_states: whether a third result, ``States(h, c)``, holds the states after every
                 step, differentiable; c is None where there is none.
             recompute: whether backward computes again what it needs, in segments of so many steps
-                (True: about the square root of T), in place of keeping it for all T: for long
-                sequences, at the time of one more forward pass. Cannot be differentiated twice.
+                (True: about the square root of T, of few rows more), in place of keeping it for all
+                T: for long sequences, at the time of one more forward pass. Cannot be
+                differentiated twice.
             mask: lengths as TorchRL's modules give them, bool laid out as resets: True for the
                 steps of a row, which must be its first ones.
 
@@ -64,7 +65,9 @@ class Layer(nn.RNNBase):
             >>> output, h_n = layer(torch.randn(5, 3, 10), resets=torch.rand(5, 3) < 0.1)
         """
         if mask is not None:
-            lengths = lengths_of_mask(type(self).__name__, mask, lengths, self.batch_first)
+            lengths = lengths_of_mask(
+                type(self).__name__, input, mask, lengths, self.batch_first
+            )
         if (
             resets is None and reset_hx is None and lengths is None and return_states is False
             and recompute is False

@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from onnxscript import evaluator, ir, opset18, optimizer
+
+try:
+    from onnxscript import evaluator, ir, opset18, optimizer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"fastrnn.onnx needs onnx and onnxscript: pip install 'fastrnn[onnx]' ({error})"
+    ) from error
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 

@@ -41,16 +41,20 @@ def steps_of(recompute: bool | int, call: Call, input: Tensor) -> int:
     return max(even, _ROWS // max(1, batch), 1)
 
 
-# Of a segment: below, what is around its two calls of an operator (0.1 ms) shows.
+# Of a segment: with 1024, what is around its two calls of an operator (0.1 ms) makes a training
+# step of an RNN (H = 64) 1.49 times as long as without segments, with 1536 1.36 times.
 _ROWS = 1536
 
 
+@torch._disable_dynamo  # a graph that may break has broken in front of it
 def layer(
     backend: str, call: Call, leaves: Sequence[Tensor | None], steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, h_n and c_n of ``autograd.layer``, recomputed in backward by segments of so many
     steps."""
     input, h0, c0, *weights = leaves
+    if modes.has_tangents(leaves):
+        raise RuntimeError("fastrnn: recompute has no forward-mode derivative")
     results: tuple[Tensor, Tensor, Tensor] = _Segmented.apply(
         backend, call, steps, input, h0, c0, *weights
     )
@@ -277,18 +281,16 @@ def _of_direction(
     direction: _Direction, kept: list[Tensor], grads: Sequence[Tensor | None],
     wanted: Sequence[bool], dinput: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
-    """The gradients of h0 and c0 [1, K, ...] and of the weights; adds that of the input."""
-    call, d, B = direction.call, direction.d, direction.batch
-    compute = reference.compute_dtype(direction.input.dtype)
-    width = direction.weights[-1 if len(direction.weights) % 2 else 1].shape
-    P = width[0] if len(direction.weights) % 2 else width[1]
+    """The gradients of h0 and c0 [1, K, ...] and of the weights; that of the input goes, or
+    is added, to ``dinput``."""
+    call, d = direction.call, direction.d
+    compute, P = reference.compute_dtype(direction.input.dtype), direction.weights[1].shape[-1]
     doutput = None if grads[0] is None else grads[0][..., d * P : (d + 1) * P]
-    like = direction.first_states()
     running = [
-        torch.zeros_like(s) if g is None else g[d : d + 1].clone()
-        for s, g in zip(like, grads[1:], strict=False)
+        torch.zeros_like(s[:1]) if g is None else g[d : d + 1].clone()
+        for s, g in zip(kept, grads[1:], strict=False)
     ]
-    resets = [torch.zeros_like(s, dtype=compute) for s in like]  # of the states behind resets
+    resets = [torch.zeros_like(s[:1], dtype=compute) for s in kept]  # of the states behind resets
     sums: list[Tensor | None] = [None] * len(direction.weights)
     for i, segment in reversed(list(enumerate(direction.segments))):
         n = segment.batch
@@ -299,7 +301,10 @@ def _of_direction(
         )
         if dinput is not None and of_input is not None:
             own = dinput[segment.rows]
-            own.add_(of_input) if d > 0 else own.copy_(of_input)
+            if d == 0:
+                own.copy_(of_input)
+            else:
+                own.add_(of_input)
         for k, gradient in enumerate(of_weights):
             if wanted[3 + k] and gradient is not None:
                 total = sums[k]
@@ -317,7 +322,6 @@ def _of_direction(
     dtype = direction.input.dtype
     if call.resets is not None:
         running = [torch.cat([s, r.to(dtype)], 1) for s, r in zip(running, resets, strict=True)]
-    assert all(s.shape[1] in (B, 2 * B) for s in running)
     return running, [g if g is None else g.to(dtype) for g in sums]
 
 

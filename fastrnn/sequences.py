@@ -72,7 +72,7 @@ def boundaries_of(
     if reset_hx is None:
         return Boundaries(codes, None)
     states = tuple(reset_hx) if spec.has_c and isinstance(reset_hx, (tuple, list)) else reset_hx
-    one = states[0] if isinstance(states, tuple) else states
+    one = states[0] if isinstance(states, tuple) and states else states
     rows = 1 if isinstance(one, Tensor) and one.dim() == 3 and one.shape[1] == 1 else batch
     checks.layer_state(spec, states, rows, data, "reset_hx")
     if not isinstance(states, tuple):
@@ -132,22 +132,38 @@ def entering_cell(name: str, input: Tensor, hx: Any, reset: Any, reset_hx: Any) 
         raise ValueError(
             f"{name}: reset must have shape {tuple(input.shape[:-1])}, got {tuple(reset.shape)}"
         )
+    if reset.device != input.device:
+        raise ValueError(
+            f"{name}: reset must be on the device of the input, {input.device}, got {reset.device}"
+        )
     if hx is None and reset_hx is None:
         return None
-    old, new = ((s,) if isinstance(s, Tensor) else s for s in (hx, reset_hx))
-    count = len(old if old is not None else new)
-    found = []
-    for i in range(count):
-        like = old[i] if old is not None else new[i]
-        before = torch.zeros_like(like) if old is None else old[i]
-        behind = torch.zeros_like(like) if new is None else new[i]
-        if behind.shape != before.shape and old is not None:
-            raise ValueError(
-                f"{name}: reset_hx must have the shape of hx, {tuple(before.shape)}, "
-                f"got {tuple(behind.shape)}"
-            )
-        found.append(torch.where(reset[..., None], behind, before))
+    old = None if hx is None else _cell_states(name, "hx", input, hx)
+    new = None if reset_hx is None else _cell_states(name, "reset_hx", input, reset_hx)
+    if old is not None and new is not None and old[0].shape != new[0].shape:
+        raise ValueError(
+            f"{name}: reset_hx must have the shape of hx, {tuple(old[0].shape)}, "
+            f"got {tuple(new[0].shape)}"
+        )
+    old = [torch.zeros_like(s) for s in new or ()] if old is None else old
+    new = [torch.zeros_like(s) for s in old] if new is None else new
+    found = [torch.where(reset[..., None], n, o) for o, n in zip(old, new, strict=True)]
     return found[0] if name != "LSTMCell" else tuple(found)
+
+
+def _cell_states(name: str, which: str, input: Tensor, given: Any) -> list[Tensor]:
+    """The states of a cell, each as long as the input is."""
+    count = 2 if name == "LSTMCell" else 1
+    states = [given] if count == 1 else list(given) if isinstance(given, (tuple, list)) else []
+    if len(states) != count or not all(isinstance(s, Tensor) for s in states):
+        expected = "a Tensor" if count == 1 else "a tuple (h, c) of Tensors"
+        raise TypeError(f"{name}: {which} must be {expected}, got {type(given).__name__}")
+    for state in states:
+        rows = tuple(input.shape[:-1])
+        if state.shape[:-1] != rows or state.shape != states[0].shape:
+            shape = f"({', '.join([*map(str, rows), 'H'])})"
+            raise ValueError(f"{name}: {which} must have shape {shape}, got {tuple(state.shape)}")
+    return states
 
 
 def states_over_time(cells: Tensor, output: Tensor, groups: int) -> Tensor:
@@ -184,10 +200,14 @@ def recompute_of(spec: LayerSpec, options: Options) -> bool | int:
 def batched(spec: LayerSpec, options: Options) -> Options:
     """The options of an unbatched call as those of a batch of one row."""
     resets, reset_hx, lengths = options[:3]
-    if isinstance(resets, Tensor) and resets.dim() == 1:
-        resets = resets.unsqueeze(1)
-    if isinstance(lengths, Tensor) and lengths.dim() == 0:
-        lengths = lengths.unsqueeze(0)
+    for name, given, dims in (("resets", resets, 1), ("lengths", lengths, 0)):
+        if isinstance(given, Tensor) and given.dim() != dims:
+            raise ValueError(
+                f"{spec.name}: {name} of an unbatched input must have {dims} dimension(s), "
+                f"got {given.dim()}"
+            )
+    resets = resets.unsqueeze(1) if isinstance(resets, Tensor) else resets
+    lengths = lengths.unsqueeze(0) if isinstance(lengths, Tensor) else lengths
     if isinstance(reset_hx, (tuple, list)):
         reset_hx = tuple(s.unsqueeze(1) if isinstance(s, Tensor) else s for s in reset_hx)
     elif isinstance(reset_hx, Tensor):

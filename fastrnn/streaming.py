@@ -77,18 +77,40 @@ class Stream:
             if state is not None:
                 raise ValueError("Stream: there are no rows yet, reset all of them with rows=None")
             return
-        is_pair = isinstance(self.state, (tuple, list))
-        own = self.state if is_pair else (self.state,)
-        given = (0.0, 0.0) if state is None else state if is_pair else (state,)
+        own = _states(self.state)
         if own[0].dim() == 2:
             raise ValueError("Stream: a stream without batch has no rows, reset it with rows=None")
         index = torch.as_tensor(rows, device=own[0].device)
         if index.dtype != torch.bool and index.numel() == 0:
             return
+        if index.dtype not in (torch.bool, torch.int64, torch.int32) or index.dim() > 1:
+            raise ValueError(
+                f"Stream: rows must be indices or a bool tensor [B], got {index.dtype} of shape "
+                f"{tuple(index.shape)}"
+            )
+        index = index.reshape(-1)
+        chosen = [s[:, index] for s in own]
+        given = [torch.zeros_like(s[:, :1]) for s in own] if state is None else _states(state)
+        if len(given) != len(own):
+            raise ValueError(f"Stream: the state must be {'(h, c)' if len(own) == 2 else 'h'}")
         new = [s.clone() for s in own]
-        for target, value in zip(new, given, strict=False):
-            target[:, index] = value
-        self.state = tuple(new) if is_pair else new[0]
+        for target, value, rows_of in zip(new, given, chosen, strict=True):
+            layers, count, width = rows_of.shape
+            if value.shape not in ((layers, count, width), (layers, 1, width)):
+                raise ValueError(
+                    f"Stream: the state of the rows must have shape {(layers, count, width)}, or "
+                    f"of one row for all, got {tuple(value.shape)}"
+                )
+            target[:, index] = value.to(target.dtype)
+        self.state = tuple(new) if len(new) == 2 else new[0]
+
+
+def _states(state: Any) -> list[Tensor]:
+    """The tensors of a state."""
+    found = [state] if isinstance(state, Tensor) else list(state)
+    if not all(isinstance(s, Tensor) for s in found):
+        raise TypeError("Stream: a state is a Tensor, or a tuple (h, c) of them")
+    return found
 
 
 def _detached(state: Any) -> Any:

@@ -59,7 +59,7 @@ def test_advantages_are_sums_of_discounted_errors_until_the_end() -> None:
                 ends = bool(dones[k, b])
                 next_value = 0.0 if ends else ppo.DISCOUNT * after[k, b].item()
                 total += factor * (rewards[k, b].item() + next_value - values[k, b].item())
-                factor *= ppo.DISCOUNT * ppo.TRACE
+                factor *= ppo.DISCOUNT * ppo.LAMBDA
                 if ends:
                     break
             assert found[t, b].item() == pytest.approx(total, rel=1e-4, abs=1e-5)

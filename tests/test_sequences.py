@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from pieces import CELLS, DTYPES, KINDS, Problem, checked, make
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
@@ -38,7 +40,7 @@ def test_pieces_run_as_if_alone(isa: str, dtype: torch.dtype, problem: Problem) 
     assume(problem.cell != "rnn_relu" or dtype.itemsize > 2)
     with pytest.MonkeyPatch.context() as patch, use_engine(isa):
         if problem.kind == "masked":
-            patch.setattr(rows_of_lengths, "_is_symbolic", lambda: True)
+            patch.setattr(rows_of_lengths, "_is_symbolic", lambda _: True)
         checked(problem, dtype, return_states=True)
 
 
@@ -50,7 +52,7 @@ def test_recomputed_segments(engine: str, cell: str, kind: str, steps: Any) -> N
     checked(make(cell, kind), torch.float64, recompute=steps)
 
 
-@pytest.mark.parametrize("kind", KINDS[:1] + KINDS[3:])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("H", [64, 100])
 @pytest.mark.parametrize("threads", [1, 2])
@@ -86,7 +88,7 @@ def test_a_reset_at_the_start_replaces_hx(engine: str, cell: str) -> None:
     assert not any(s.grad.any() for s in problem.hx)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("kind", KINDS[:1] + KINDS[3:])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "lstm_proj", "gru"])
 def test_second_derivatives(engine: str, cell: str, kind: str) -> None:
     problem = make(cell, kind, T=3, B=2, H=4, layers=1)
@@ -201,6 +203,25 @@ def test_wrong_arguments(engine: str, wrong: str) -> None:
         fastrnn.functional.gru(torch.randn(5, 2, 3), list(layer.parameters()), **options)
 
 
+UNBATCHED: dict[str, tuple[dict[str, Any], str]] = {
+    "resets": ({"resets": torch.zeros(5, 1).bool()}, "must have 1 dimension"),
+    "lengths": ({"lengths": torch.tensor([3])}, "must have 0 dimension"),
+}
+
+
+@pytest.mark.parametrize("wrong", UNBATCHED)
+def test_wrong_arguments_without_batch(wrong: str) -> None:
+    options, text = UNBATCHED[wrong]
+    with pytest.raises(ValueError, match=text):
+        fastrnn.GRU(3, 4)(torch.randn(5, 3), **options)
+
+
+def test_an_empty_reset_hx_is_refused() -> None:
+    resets = torch.zeros(5, 2).bool()
+    with pytest.raises(RuntimeError, match="expects two hidden states, got 0"):
+        fastrnn.LSTM(3, 4)(torch.randn(5, 2, 3), resets=resets, reset_hx=())
+
+
 def test_lengths_beside_packed_are_refused() -> None:
     packed = pack_padded_sequence(torch.randn(3, 2, 3), torch.tensor([3, 2]))
     with pytest.raises(ValueError, match="beside those of a PackedSequence"):
@@ -210,7 +231,7 @@ def test_lengths_beside_packed_are_refused() -> None:
 def test_impossible_lengths_are_marked_where_values_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda: True)
+    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda _: True)
     output, h_n = fastrnn.GRU(3, 4)(torch.randn(5, 3, 3), lengths=torch.tensor([6, 2, -1]))
     for result in (output, h_n):
         assert result[:, [0, 2]].isnan().all()
@@ -220,7 +241,7 @@ def test_impossible_lengths_are_marked_where_values_are_not_looked_at(
 def test_recompute_beside_lengths_without_packing_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda: True)
+    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda _: True)
     with pytest.raises(RuntimeError, match="recompute beside lengths"):
         fastrnn.GRU(3, 4)(torch.randn(5, 2, 3), lengths=torch.tensor([5, 2]), recompute=True)
 
@@ -230,7 +251,7 @@ def test_recompute_beside_lengths_without_packing_is_refused(
 def test_lengths_of_any_integer_type(
     masked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda: masked)
+    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda _: masked)
     layer, x, lengths = fastrnn.GRU(3, 4), torch.randn(300, 2, 3), torch.tensor([100, 7])
     for one, other in zip(
         layer(x, lengths=lengths.to(dtype)), layer(x, lengths=lengths), strict=True
@@ -249,6 +270,94 @@ def test_padding_may_hold_anything(engine: str) -> None:
     assert not any(p.grad.isnan().any() for p in layer.parameters())  # type: ignore[union-attr]
     assert x.grad is not None
     assert not x.grad[3:, 1].any()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_row_has_a_step(engine: str, cell: str) -> None:
+    """hx comes back as a tensor of its own, and everything is part of the graph."""
+    problem = make(cell, "lengths")
+    module, x = problem.module, problem.input.requires_grad_()
+    before = [s.clone() for s in problem.hx]
+    hx = problem._state(problem.hx)
+    nothing = torch.zeros(x.shape[1], dtype=torch.long)
+    output, last, states = module(x, hx, lengths=nothing, return_states=True)
+    assert not output.any()
+    assert not any(s.any() for s in states if s is not None)
+    for mine, own in zip(last if isinstance(last, tuple) else (last,), before, strict=True):
+        assert mine.equal(own)
+        found = torch.autograd.grad(mine.sum(), [x, *module.parameters()], retain_graph=True)
+        assert not any(g.any() for g in found)
+        mine.detach().zero_()
+    assert all(s.equal(b) for s, b in zip(problem.hx, before, strict=True))
+
+
+def test_gradients_of_lengths_in_a_graph_of_torch_operations() -> None:
+    """What make_fx records is what runs."""
+    layer, x, lengths = fastrnn.GRU(3, 4), torch.randn(5, 3, 3), torch.tensor([5, 0, 2])
+
+    def gradient(data: Tensor) -> Tensor:
+        data = data.detach().requires_grad_()
+        return torch.autograd.grad(layer(data, lengths=lengths)[0].square().sum(), data)[0]
+
+    graph = make_fx(gradient)(x)
+    torch.testing.assert_close(graph(2 * x), gradient(2 * x))
+    x.requires_grad_()
+    output = layer(x, lengths=lengths)[0]
+
+    def backward(grad: Tensor) -> Tensor:
+        return torch.autograd.grad(output, x, grad, retain_graph=True)[0]
+
+    grad = torch.randn_like(output)
+    torch.testing.assert_close(make_fx(backward)(grad)(2 * grad), backward(2 * grad))
+
+
+@pytest.mark.filterwarnings("ignore:fastrnn runs its slow reference")
+def test_lengths_in_forward_mode_and_with_batches_of_gradients() -> None:
+    layer, lengths = fastrnn.LSTM(3, 4, bidirectional=True).double(), torch.tensor([5, 0, 2])
+    x = torch.randn(5, 3, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda data: layer(data, lengths=lengths, return_states=True)[2],
+        (x,), check_forward_ad=True, check_batched_grad=True,
+    )  # fmt: skip
+
+
+def test_lengths_of_tensors_without_data() -> None:
+    with FakeTensorMode():
+        layer, x = fastrnn.LSTM(3, 4), torch.randn(5, 3, 3)
+        output, (h_n, c_n) = layer(x, lengths=torch.tensor([5, 0, 2]))
+        assert (output.shape, h_n.shape, c_n.shape) == ((5, 3, 4), (1, 3, 4), (1, 3, 4))
+
+
+def test_lengths_under_another_default_device() -> None:
+    layer, x, lengths = fastrnn.GRU(3, 4), torch.randn(5, 3, 3), torch.tensor([5, 0, 2])
+    expected = layer(x, lengths=lengths)
+    with torch.device("meta"):
+        found = layer(x, lengths=lengths)
+    for one, other in zip(found, expected, strict=True):
+        assert one.equal(other)
+
+
+WRONG_STATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "hx of one row": ("GRUCell", {"hx": torch.zeros(1, 4)}),
+    "hx without rows": ("RNNCell", {"hx": torch.zeros(4)}),
+    "hx of two": ("GRUCell", {"hx": (torch.zeros(3, 4), torch.zeros(3, 4))}),
+    "reset_hx of one row": ("GRUCell", {"reset_hx": torch.zeros(1, 4)}),
+    "reset_hx of two": ("RNNCell", {"reset_hx": (torch.zeros(3, 4), torch.zeros(3, 4))}),
+    "reset_hx of one": ("LSTMCell", {"reset_hx": (torch.zeros(3, 4),)}),
+    "reset_hx of three": ("LSTMCell", {"reset_hx": (torch.zeros(3, 4),) * 3}),
+    "reset_hx tensor": ("LSTMCell", {"reset_hx": torch.zeros(2, 3, 4)}),
+    "reset_hx None": ("LSTMCell", {"reset_hx": (None, None)}),
+    "hx and reset_hx": ("RNNCell", {"hx": torch.zeros(3, 4), "reset_hx": torch.zeros(3, 5)}),
+    "reset elsewhere": ("GRUCell", {"reset": torch.ones(3, device="meta").bool()}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+def test_wrong_states_of_cells(wrong: str) -> None:
+    cell, options = WRONG_STATES[wrong]
+    options = {"reset": torch.ones(3).bool()} | options
+    with pytest.raises((TypeError, ValueError), match=r"must (be|have)"):
+        getattr(fastrnn, cell)(3, 4)(torch.randn(3, 3), **options)
 
 
 @pytest.mark.parametrize("cell", ["RNNCell", "LSTMCell", "GRUCell"])
@@ -296,6 +405,10 @@ def test_a_mask_of_steps(batch_first: bool) -> None:
         assert one.equal(other)
     with pytest.raises(ValueError, match="without gaps"):
         layer(data, mask=~marks)
+    with pytest.raises(ValueError, match="mask must have shape"):
+        layer(data, mask=marks[:2])
+    with pytest.raises(ValueError, match="mask needs an input of 3 dimensions"):
+        layer(data[0], mask=marks)
     with pytest.raises(TypeError, match="mask must be a bool tensor"):
         layer(data, mask=marks.float())
     with pytest.raises(ValueError, match="lengths and mask"):
@@ -317,6 +430,7 @@ def test_dtypes_under_autocast(cell: str, monkeypatch: pytest.MonkeyPatch) -> No
         return [t.dtype for t in (output, *last)]
 
     expected = dtypes()
+    assert dtypes(lengths=torch.zeros_like(lengths), return_states=True) == expected
     assert dtypes(lengths=lengths, resets=problem.resets, return_states=True) == expected
-    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda: True)
+    monkeypatch.setattr(rows_of_lengths, "_is_symbolic", lambda _: True)
     assert dtypes(lengths=lengths, resets=problem.resets, return_states=True) == expected

@@ -15,6 +15,23 @@ def flat(state: Any) -> tuple[Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
 
 
+H_OF_TWO = torch.zeros(2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [H_OF_TWO, (H_OF_TWO,), (H_OF_TWO,) * 3, (H_OF_TWO[:1],) * 2, (torch.zeros(4),) * 2, (0.0, 0.0),
+     (H_OF_TWO, torch.zeros(2, 2, 4))],
+)  # fmt: skip
+def test_wrong_states_of_rows(state: Any) -> None:
+    stream = fastrnn.Stream(fastrnn.LSTM(3, 4, num_layers=2))
+    stream(torch.randn(5, 2, 3))
+    before = [s.clone() for s in stream.state]
+    with pytest.raises((TypeError, ValueError), match="Stream: "):
+        stream.reset([1], state)
+    assert all(s.equal(b) for s, b in zip(stream.state, before, strict=True))
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("options", [{}, {"batch_first": True, "num_layers": 2}])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -94,5 +111,9 @@ def test_wrong_layers_and_rows() -> None:
     stream.reset([])
     unbatched = fastrnn.Stream(fastrnn.GRU(3, 4))
     unbatched(torch.randn(5, 3))
+    with pytest.raises(ValueError, match="rows must be indices or a bool tensor"):
+        stream.reset(torch.ones(1, 2).bool())
+    with pytest.raises(ValueError, match="rows must be indices or a bool tensor"):
+        stream.reset(torch.ones(2).byte())
     with pytest.raises(ValueError, match="without batch"):
         unbatched.reset([0])

@@ -120,8 +120,7 @@ struct MatrixRows {
   const void* const* list;  // null: no list
   int64_t apart;
 
-  MatrixRows(const T* first_, int64_t apart_) : first(first_), list(nullptr), apart(apart_) {}
-  MatrixRows(const void* rows, int64_t apart_, bool is_list)
+  MatrixRows(const void* rows, int64_t apart_, bool is_list = false)
       : first(is_list ? nullptr : static_cast<const T*>(rows)),
         list(is_list ? static_cast<const void* const*>(rows) : nullptr),
         apart(apart_) {}

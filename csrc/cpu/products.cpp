@@ -82,7 +82,7 @@ void outer_product(const Rows& result, int64_t target_rows, int64_t K, const Row
 }
 
 void row_product(const Rows& result, int64_t rows, int64_t columns, const Rows& a, const Rows& b, int64_t K, bool add) {
-  multiply({is_double(a), a.data(), a.row_stride, 1, dtype_of(b.array.dtype), b.data(), b.row_stride, b.is_list,
+  multiply({is_double(a), a.data(), a.row_stride, 1, dtype_of(b.array.dtype), b.data(), b.row_stride, false,
             result.data(), result.row_stride, rows, columns, K, add},
            kRowBlock);
 }

@@ -11,7 +11,7 @@ namespace fastrnn::cpu {
 Tensor to_storage(const Tensor& t, ScalarType storage);
 
 // result [target_rows, K] (+)= sum over `rows` rows of a[n, 0..target_rows]^T b[n, 0..K]. a and result in the compute
-// dtype, b in any.
+// dtype, b in any, or a list of rows.
 void outer_product(const Rows& result, int64_t target_rows, int64_t K, const Rows& a, const Rows& b, int64_t rows,
                    bool add);
 

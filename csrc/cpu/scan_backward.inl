@@ -50,10 +50,9 @@ struct Backward {
     const BackwardScratch<S> s(a, G, scratch);
     const int64_t d = index % a.D, block = index / a.D;
     if (block < s.hh.blocks)
-      pack_columns<T>({static_cast<const T*>(a.weight_hh[d]), a.P}, s.hh, block, s.packed_hh + d * s.hh.size());
+      pack_columns<T>({a.weight_hh[d], a.P}, s.hh, block, s.packed_hh + d * s.hh.size());
     else
-      pack_columns<T>({static_cast<const T*>(a.weight_hr[d]), a.H}, s.hr, block - s.hh.blocks,
-                      s.packed_hr + d * s.hr.size());
+      pack_columns<T>({a.weight_hr[d], a.H}, s.hr, block - s.hh.blocks, s.packed_hr + d * s.hr.size());
   }
 
   static void run(const ScanBackwardArgs& args, const CpuPlan& p, char* scratch, const Share& share) {
@@ -287,7 +286,8 @@ struct Backward {
     }
   }
 
-  // The cell on one vector of units, or on two, from unit j on; k_before: whether a row of h0 and c0 entered the step.
+  // The cell on one vector of units, or on two, from unit j on; k_before: the row of h0 and c0 that entered
+  // the step, or -1.
   template <class W>
   FASTRNN_INLINE void cell_units(int64_t t, int64_t b, int64_t k_before, int64_t j, bool multiplied, const S* product) {
     using U = Units<W>;
