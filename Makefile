@@ -82,7 +82,8 @@ sanitize: env $(VENV)/package.stamp
 		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)/tests && ln -sfn $(abspath csrc) $(SANITIZED)/csrc
 	$(SANITIZE_RUN) -m pytest -q -p no:cacheprovider \
-		tests/test_ops.py tests/test_ops_groups.py tests/test_stream.py tests/test_quantize.py \
+		tests/test_ops.py tests/test_ops_groups.py tests/test_rows.py tests/test_sequences.py \
+		tests/test_stream.py tests/test_quantize.py \
 		tests/test_errors.py tests/test_errors_low_level.py tests/test_errors_step.py \
 		tests/gpu
 	$(SANITIZE_RUN) tests/fuzz.py --n 300

@@ -32,7 +32,8 @@ from bench.sweep_transforms import line as line_of_ratios
 from bench.sweep_transforms import of_all
 from fastrnn import parity
 
-PADDED, SPLIT, KEPT = "fastrnn, no options", "torch.nn, split and padded", "fastrnn, kept"
+PADDED, KEPT = "fastrnn, no options", "fastrnn, kept"
+SPLIT, PACKED = "torch.nn, split and padded", "torch.nn, packed"
 MIB = 2**20
 
 
@@ -109,7 +110,7 @@ def lengths(p: Problem) -> Calls:
     return {
         FASTRNN: trained(p, p.fast, lambda: p.fast(p.input, lengths=p.lengths)[0]),
         PADDED: trained(p, p.fast, lambda: p.fast(p.input)[0]),
-        "torch.nn, packed": trained(p, p.plain, lambda: by_packing(p)),
+        PACKED: trained(p, p.plain, lambda: by_packing(p)),
     }
 
 
@@ -130,7 +131,7 @@ class Kind:
 
 KINDS = {
     "resets": Kind(resets, SPLIT, (128, 128, 256)),
-    "lengths": Kind(lengths, "torch.nn, packed", (128, 128, 256)),
+    "lengths": Kind(lengths, PACKED, (128, 128, 256)),
     "recompute": Kind(recompute, TORCH_NN, (10000, 8, 64)),
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Stream:
-    """A unidirectional layer over sequences that arrive in chunks of any sizes.
+    """A unidirectional layer over sequences that arrive in chunks of any sizes, from one step on.
 
     The outputs of the chunks, one after the other, are those of one call over all of them: the
     state that a chunk leaves enters the next. It is detached in between, so that training by

@@ -332,3 +332,35 @@ def test_wrong_parts_are_refused(packed: bool) -> None:
     for wanted in (good[:-1], [*good, 1], []):
         with pytest.raises(RuntimeError, match="wanted must hold 11 flags"):
             run(ops, call, grads, wanted)
+
+
+@pytest.mark.parametrize("direction", [0, 1])
+@pytest.mark.parametrize("cell", CELLS)
+def test_parts_of_a_batch_with_resets(isa: str, cell: str, direction: int) -> None:
+    """The gradients of weights by rows of the batch are those of each row alone."""
+    torch.manual_seed(0)
+    T, B = 6, 3
+    call = problem(cell, (1, 1, direction), (T, B, 4, 5), torch.float64, entering=2)
+    resets = torch.randint(0, 3, (T, B), dtype=torch.uint8)
+    cell, x, weights, h0, c0, *_ = call
+    doutput = torch.randn(T, B, weights[1].shape[1], dtype=x.dtype)
+    has_c = cell == "lstm"
+
+    def gradients(rows: slice, parts: int) -> list[Tensor]:
+        h, c = (
+            None if s is None else torch.cat([s[:, :B][:, rows], s[:, B:][:, rows]], 1)
+            for s in (h0, c0)
+        )
+        own = (cell, x[:, rows].contiguous(), weights, h, c, None, 1, direction)
+        output, _, _, cells, saved = torch.ops.fastrnn.layer(*own, True, resets[:, rows])
+        wanted = [1, 1, int(has_c), *[parts] * len(weights)]
+        grads = (doutput[:, rows], None, None)
+        found = torch.ops.fastrnn.layer_backward(
+            cell, *grads, own[1], output, cells, saved, *own[2:], wanted, resets[:, rows]
+        )
+        return list(found[1])
+
+    together = gradients(slice(None), B)
+    for b in range(B):
+        for one, each in zip(gradients(slice(b, b + 1), 1), together, strict=True):
+            torch.testing.assert_close(each[b], one)
