@@ -301,6 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = distribute(model.to(process.device), options.parallel, process)
     run(options, model, texts, process)
     if process.count:
+        # Together: gloo's threads let go of the tensors of the last collective call some time after
+        # it, which must not be while Python ends.
+        dist.barrier()
         dist.destroy_process_group()
     return 0
 
