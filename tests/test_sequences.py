@@ -139,6 +139,21 @@ def test_compiled(cell: str, dynamic: bool) -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_recompute_breaks_a_graph_that_may_break() -> None:
+    layer = fastrnn.LSTM(3, 4, num_layers=2, bidirectional=True)
+    x = torch.randn(9, 2, 3, requires_grad=True)
+    found = {}
+    for name, run in (("compiled", torch.compile(layer, backend="aot_eager")), ("eager", layer)):
+        output = run(x, recompute=3)[0]
+        leaves = [x, *layer.parameters()]
+        found[name] = [output, *torch.autograd.grad(output.square().sum(), leaves)]
+    for one, other in zip(found["compiled"], found["eager"], strict=True):
+        assert one.equal(other)
+    torch.compiler.reset()  # forgets that the graph broke
+    with pytest.raises(Exception, match="recompute is not possible under"):
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(x, recompute=3)
+
+
 def test_under_torch_func_the_reference_runs() -> None:
     layer, x = fastrnn.GRU(3, 4).double(), torch.randn(2, 5, 3, 3).double()
     resets = torch.rand(5, 3) < 0.3
