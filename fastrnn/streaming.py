@@ -89,20 +89,27 @@ class Stream:
                 f"{tuple(index.shape)}"
             )
         index = index.reshape(-1)
-        chosen = [s[:, index] for s in own]
-        given = [torch.zeros_like(s[:, :1]) for s in own] if state is None else _states(state)
+        new = [s.clone() for s in own]
+        for target, value in zip(new, self._behind_reset(own, index, state), strict=True):
+            target[:, index] = value
+        self.state = tuple(new) if len(new) == 2 else new[0]
+
+    @staticmethod
+    def _behind_reset(own: list[Tensor], index: Tensor, state: Any) -> list[Any]:
+        """What the rows begin with, checked."""
+        if state is None:
+            return [0.0] * len(own)
+        given = _states(state)
         if len(given) != len(own):
             raise ValueError(f"Stream: the state must be {'(h, c)' if len(own) == 2 else 'h'}")
-        new = [s.clone() for s in own]
-        for target, value, rows_of in zip(new, given, chosen, strict=True):
-            layers, count, width = rows_of.shape
+        for s, value in zip(own, given, strict=True):
+            layers, count, width = s[:, index].shape
             if value.shape not in ((layers, count, width), (layers, 1, width)):
                 raise ValueError(
                     f"Stream: the state of the rows must have shape {(layers, count, width)}, or "
                     f"of one row for all, got {tuple(value.shape)}"
                 )
-            target[:, index] = value.to(target.dtype)
-        self.state = tuple(new) if len(new) == 2 else new[0]
+        return [value.to(s.dtype) for s, value in zip(own, given, strict=True)]
 
 
 def _states(state: Any) -> list[Tensor]:

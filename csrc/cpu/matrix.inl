@@ -1,8 +1,7 @@
 // The matrix products behind a backward scan, included by scan.inl: the gradients of weights and input.
 //
-// Computes   target [rows, columns] (+)= a [rows, K] * b [K, columns]; the rows of b may lie anywhere, listed by
-// address Work       the tiles of `product`: b is packed, a copied (or turned) into a panel of kMaxRunRows rows at a
-// time.
+// Computes   target [rows, columns] (+)= a [rows, K] * b [K, columns]; b may be a list of where its rows lie
+// Work       the tiles of `product`: b is packed, a copied (or turned) into a panel of kMaxRunRows rows at a time.
 //            Where K is at most kFewTerms, or target has at most kFewRows rows, neither pays: b is read where it lies,
 //            kFewTerms of its rows at a time, and their sum written, or added, to a row of target
 // Memory     packed b; a panel per thread; target read and written once
