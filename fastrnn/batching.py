@@ -10,6 +10,7 @@ Dimension key: reference.py, and S size of the mapped batch. The operators: csrc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,6 +114,14 @@ def _in_front(tensor: Tensor, dim: Dim, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
+def _split(tensor: Tensor, dim: int, *counts: int) -> Tensor:
+    """A view with a dimension cut into ``counts`` equal parts, and these again: what ``unflatten``
+    does, which takes several times as long."""
+    shape = list(tensor.shape)
+    shape[dim : dim + 1] = (*counts, shape[dim] // math.prod(counts))
+    return tensor.view(shape)
+
+
 def _is_absent(tensor: Tensor) -> bool:
     """Whether it is the empty tensor [0] that stands for what a cell does not have, or for a
     gradient that is not wanted."""
@@ -136,21 +145,19 @@ class _Rows:
         return (tensor, None) if _is_absent(tensor) else (self._split(tensor, 1), 1)
 
     def _split(self, tensor: Tensor, dim: int) -> Tensor:
-        return tensor.unflatten(dim, (self.size, tensor.shape[dim] // self.size))
+        return _split(tensor, dim, self.size)
 
     def join_times(self, tensor: Tensor, dim: Dim) -> Tensor:
         """[D, T * B, width] -> [D, T * S * B, width]"""
         if dim is None and _is_absent(tensor):
             return tensor
         whole = _in_front(tensor, dim, self.size)
-        whole = whole.unflatten(2, (self.T, whole.shape[2] // self.T))
-        return whole.movedim(0, 2).flatten(1, 3)
+        return _split(whole, 2, self.T).movedim(0, 2).flatten(1, 3)
 
     def part_times(self, tensor: Tensor) -> tuple[Tensor, Dim]:
         if _is_absent(tensor):
             return tensor, None
-        rows = tensor.shape[1] // (self.T * self.size)
-        whole = tensor.unflatten(1, (self.T, self.size, rows))
+        whole = _split(tensor, 1, self.T, self.size)
         return whole.movedim(2, 0).flatten(2, 3), 0
 
     def part_gradients(self, tensor: Tensor, parts: int) -> tuple[Tensor, Dim]:
@@ -170,9 +177,7 @@ class _Groups:
         self, size: int, weights: Sequence[Tensor], dims: Sequence[Dim]
     ) -> None:
         self.size = size
-        self._is_nested = any(
-            w.dim() - (d is not None) == 3 for w, d in zip(weights[:1], dims[:1], strict=True)
-        )
+        self._is_nested = bool(weights) and weights[0].dim() - (dims[0] is not None) == 3
         self.weights = [self._stacked(w, d) for w, d in zip(weights, dims, strict=True)]
         self.inputs = 1  # of a member: join_inputs
 
@@ -190,23 +195,22 @@ class _Groups:
     def part(self, tensor: Tensor) -> tuple[Tensor, Dim]:
         if _is_absent(tensor):
             return tensor, None
-        return tensor.unflatten(0, (tensor.shape[0] // self.size, self.size)), 1
+        return _split(tensor, 0, tensor.shape[0] // self.size), 1
 
     def join_features(self, tensor: Tensor | None, dim: Dim, count: int) -> Tensor | None:
         """[..., count * width] -> [..., count * S * width]"""
         if tensor is None:
             return None
         whole = _in_front(tensor, dim, self.size)
-        return whole.unflatten(-1, (count, whole.shape[-1] // count)).movedim(0, -2).flatten(-3)
+        return _split(whole, whole.dim() - 1, count).movedim(0, -2).flatten(-3)
 
     def part_features(self, tensor: Tensor, count: int) -> tuple[Tensor, Dim]:
         if _is_absent(tensor):
             return tensor, None
-        width = tensor.shape[-1] // (count * self.size)
+        last = tensor.dim() - 1
         if count == 1:
-            return tensor.unflatten(-1, (self.size, width)), tensor.dim() - 1
-        whole = tensor.unflatten(-1, (count, self.size, width))
-        return whole.movedim(-2, 0).flatten(-2), 0
+            return _split(tensor, last, self.size), last
+        return _split(tensor, last, count, self.size).movedim(-2, 0).flatten(-2), 0
 
     def join_inputs(self, input: Tensor, dim: Dim, own: bool = False) -> Tensor:
         """The inputs of all members; one for all of them, if it is not mapped and need not be
@@ -228,7 +232,6 @@ class _Groups:
         for gradient, parts in zip(gradients, wanted, strict=True):
             dim = int(parts > 1)
             if parts and self._is_nested:
-                stack = gradient.shape[dim] // self.size
-                gradient = gradient.unflatten(dim, (stack, self.size))
+                gradient = _split(gradient, dim, gradient.shape[dim] // self.size)
             found.append((gradient, dim + self._is_nested if parts else None))
         return found

@@ -2,7 +2,7 @@
 is made of them), and that can be differentiated again.
 
 Both run on the kernels, a mapped batch in one call (batching.py); the second derivative runs in
-plain PyTorch (derivatives.py).
+plain PyTorch (derivatives.py). How functions pass through transforms: levels.py.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import pyfunctorch
-from torch.autograd import Function
 
-from . import _ops, batching, derivatives, reference
+from . import _ops, batching, derivatives, levels, reference
+from .levels import LevelFunction
 
-_functorch = torch._C._functorch
 _CALL = 6  # arguments before the tensors: backend, cell, batch_sizes, groups, direction, resets
 
 
@@ -29,38 +27,29 @@ def layer(
 ) -> Any:  # fmt: skip
     """Output, h_n and c_n under the innermost transform, without resets; ``below`` is the same
     outside of it."""
-    innermost = _functorch.peek_interpreter_stack()
+    innermost = torch._C._functorch.peek_interpreter_stack()
     kind = innermost.key()
     call = (batch_sizes, groups, direction)
-    if kind == _functorch.TransformType.Grad:
-        leaves = (input, h0, c0, *weights)
+    leaves = (input, h0, c0, *weights)
+    if kind == torch._C._functorch.TransformType.Grad:
         return Layer.apply(backend, cell, *call, None, *leaves)[:3]
-    if kind != _functorch.TransformType.Vmap:
+    if kind != torch._C._functorch.TransformType.Vmap:
         raise RuntimeError(f"fastrnn has no rule for the transform {kind}")
-    level, size = innermost.level(), _functorch.CVmapInterpreterPtr(innermost).batchSize()
+    run = functools.partial(below, backend)
 
-    def unwrapped(tensor: Tensor | None) -> tuple[Any, int | None]:
-        if tensor is None or not _functorch.is_batchedtensor(tensor):
-            return tensor, None
-        return _functorch._unwrap_batched(tensor, level)
+    def plain(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> Any:
+        return run(cell, input, weights, h0, c0, *call)
 
-    given = [unwrapped(t) for t in (input, h0, c0, *weights)]
-    (input, input_dim), (h0, h_dim), (c0, c_dim), *rest = given
-    weights, weight_dims = [w for w, _ in rest], [d for _, d in rest]
-    with pyfunctorch.temporarily_pop_interpreter_stack():
-        if all(d is None for _, d in given):
-            return below(backend, cell, input, weights, h0, c0, *call)
-        results, out_dims = batching.layer(
-            functools.partial(below, backend), size,
-            (None, input_dim, weight_dims, h_dim, c_dim, None), cell, input, weights, h0, c0, *call,
-        )  # fmt: skip
-    add = _functorch._add_batch_dim
-    return tuple(
-        r if d is None else add(r, d, level) for r, d in zip(results, out_dims, strict=True)
-    )
+    def mapped(size: int, in_dims: Sequence[Any], *leaves: Any) -> Any:
+        input_dim, h_dim, c_dim, *weight_dims = in_dims
+        input, h0, c0, *weights = leaves
+        dims = (None, input_dim, weight_dims, h_dim, c_dim, None)
+        return batching.layer(run, size, dims, cell, input, weights, h0, c0, *call)
+
+    return levels.under_vmap(innermost, leaves, mapped, plain)
 
 
-class Layer(Function):
+class Layer(LevelFunction):
     """Arguments: backend, cell, batch_sizes, groups, direction, resets, input, h0, c0, *weights.
     Results: those of the operator."""
 
@@ -68,9 +57,10 @@ class Layer(Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         backend, cell, batch_sizes, groups, direction, resets, input, h0, c0, *weights = arguments
         run = _ops.operators(backend).layer
-        results: tuple[Tensor, ...] = run(
-            cell, input, weights, h0, c0, batch_sizes, groups, direction, True, resets
-        )
+        with torch._C._AutoDispatchBelowAutograd():
+            results: tuple[Tensor, ...] = run(
+                cell, input, weights, h0, c0, batch_sizes, groups, direction, True, resets
+            )
         return results
 
     @staticmethod
@@ -105,7 +95,7 @@ class Layer(Function):
         )
 
 
-class LayerBackward(Function):
+class LayerBackward(LevelFunction):
     """Arguments: backend, cell, batch_sizes, groups, direction, resets, wanted, doutput, dh_n,
     dc_n, dcells, output, cells, saved, input, h0, c0, *weights. Results: the gradients of input,
     h0, c0 and weights, [0] where not wanted (an integer each, see the operator)."""
@@ -114,10 +104,12 @@ class LayerBackward(Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         backend, cell, batch_sizes, groups, direction, resets, wanted, *tensors = arguments
         *grads, dcells, output, cells, saved, input, h0, c0 = tensors[:10]
-        dinput, dweights, dh0, dc0 = _ops.operators(backend).layer_backward(
-            cell, *grads, input, output, cells, saved, tensors[10:], h0, c0, batch_sizes, groups,
-            direction, list(wanted), resets, dcells,
-        )  # fmt: skip
+        run = _ops.operators(backend).layer_backward
+        with torch._C._AutoDispatchBelowAutograd():
+            dinput, dweights, dh0, dc0 = run(
+                cell, *grads, input, output, cells, saved, tensors[10:], h0, c0, batch_sizes,
+                groups, direction, list(wanted), resets, dcells,
+            )  # fmt: skip
         return dinput, dh0, dc0, *dweights
 
     @staticmethod
