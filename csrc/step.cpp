@@ -97,7 +97,6 @@ Shape StepCall::output_shape() const {
 
 void StepCall::run(const TensorView& output, const TensorView& h_n, const TensorView& c_n, const TensorView& cells,
                    const TensorView& saved) const {
-  PassScratch<0> scratch;
   PassScratch<1> odd_output;
   PassScratch<2> even_output;
   ScanArgs a{};
@@ -117,7 +116,7 @@ void StepCall::run(const TensorView& output, const TensorView& h_n, const Tensor
     const bool last = i + 1 == layers_.size();
     const size_t bytes = static_cast<size_t>(a.T) * h_bytes;
     a.output = last ? output.data : i % 2 ? odd_output.get(bytes) : even_output.get(bytes);
-    scan_cpu(a, [&](size_t count) { return scratch.get(count); });
+    scan_cpu(a);
     a.input = a.output;
   }
 }

@@ -24,8 +24,8 @@ class CpuDevice final : public Device {
 
   bool takes_lists() const override { return true; }
 
-  void run(const ScanArgs& args) override { scan(args); }
-  void run(const ScanBackwardArgs& args) override { scan(args); }
+  void run(const ScanArgs& args) override { scan_cpu(args); }
+  void run(const ScanBackwardArgs& args) override { scan_cpu(args); }
 
   void outer_product(const Rows& result, int64_t target_rows, int64_t K, const Rows& a, const Rows& b, int64_t rows,
                      bool add) override {
@@ -48,12 +48,6 @@ class CpuDevice final : public Device {
   }
 
  private:
-  template <class Args>
-  static void scan(const Args& args) {
-    PassScratch<> scratch;
-    scan_cpu(args, [&](size_t bytes) { return scratch.get(bytes); });
-  }
-
   PassScratch<5> between_;
 };
 

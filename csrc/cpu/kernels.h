@@ -15,27 +15,29 @@ struct CpuPlan {
   bool packed_input;  // the same of the input weights (forward)
   int64_t members;    // threads that share the hidden units of one group; 1: rows are divided instead
   int64_t ranges;     // ranges of rows of one group
+  int64_t slots;      // groups that have a place in the scratch memory: all of them, or one after the other the same
   int64_t chunk;      // steps whose input products are computed together (forward): of all rows, or more of fewer rows
 };
 
 // What one thread runs: a range of rows of a group through all time steps; with a team all rows, and its share of
 // the hidden units.
 struct Share {
-  int64_t d, b_begin, b_end;
+  int64_t d, slot;  // the group, and its place in the scratch memory
+  int64_t b_begin, b_end;
   int64_t range;  // number of the range of rows
   int member = 0;
   Team* team = nullptr;
 };
 
-// A pass = pack every block of weights (pack_blocks of them, in any order, in parallel), then run every share (in any
+// A pass = of every group pack the weights (pack_blocks, in any order, in parallel), then run every share (in any
 // order, in parallel). Ranges of rows have nothing in common, and the result of a row and unit does not depend on the
 // share it is in: the number of threads never changes a bit.
 template <class Args>
 struct PassKernels {
   size_t (*scratch_bytes)(const Args&, const CpuPlan&);
-  int64_t (*pack_blocks)(const Args&, const CpuPlan&);
-  int64_t (*unit_blocks)(const Args&);  // into how many parts the hidden units can be divided
-  void (*pack)(const Args&, const CpuPlan&, char* scratch, int64_t block);
+  int64_t (*pack_blocks)(const Args&, const CpuPlan&);  // of one group
+  int64_t (*unit_blocks)(const Args&);                  // into how many parts the hidden units can be divided
+  void (*pack)(const Args&, const CpuPlan&, char* scratch, const Share&, int64_t block);
   void (*run)(const Args&, const CpuPlan&, char* scratch, const Share&);
 };
 

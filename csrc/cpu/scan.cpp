@@ -7,6 +7,7 @@
 #include <deque>
 #include <stdexcept>
 
+#include "../scratch.h"
 #include "kernels.h"
 #include "scan_cpu.h"
 
@@ -96,6 +97,7 @@ CpuPlan choose(const PassKernels<Args>& kernels, const Args& a) {
   if (!a.batch_sizes && !a.projected && a.B < kMinRowsPerThread * threads)
     plan.members = std::max<int64_t>(1, std::min({threads, step / kMinStepPerMember, kernels.unit_blocks(a)}));
   plan.ranges = plan.members > 1 ? 1 : std::max<int64_t>(1, std::min(threads, a.B));
+  plan.slots = plan.members == 1 && plan.ranges == 1 ? 1 : a.D;
   choose_layout(a, (a.B + plan.ranges - 1) / plan.ranges, plan);
   return plan;
 }
@@ -119,40 +121,60 @@ std::vector<int64_t> row_bounds(const ScanShape& a, int64_t ranges) {
   return bounds;
 }
 
-// Packs all weights, or those of one group.
 template <class Args>
-void pack(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch) {
-  const int64_t blocks = kernels.pack_blocks(args, plan);
-  const bool threads = args.D * plan.members * plan.ranges > 1;
-  if (blocks == 0) return;
-  torch::stable::parallel_for(0, blocks, threads ? 1 : blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) kernels.pack(args, plan, scratch, block);
-  });
-}
-template <class Args>
-void pack_group(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch, int64_t d) {
-  for (int64_t block = d; block < kernels.pack_blocks(args, plan); block += args.D)
-    kernels.pack(args, plan, scratch, block);
+char* take_scratch(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, PassScratch<>& scratch) {
+  return scratch.get(kernels.scratch_bytes(args, plan));
 }
 
+// Each thread runs groups as a whole, one after the other as long as there are any, in scratch memory of its own, where
+// it also packs their weights: it finds them in its cache.
 template <class Args>
-void run_by_rows(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch) {
-  const std::vector<int64_t> bounds = row_bounds(args, plan.ranges);
-  const int64_t count = args.D * static_cast<int64_t>(bounds.size() - 1);
-  const bool alone = count == args.D;  // a thread packs the weights of its group, and finds them in its cache
-  if (!alone) pack(kernels, args, plan, scratch);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const size_t range = static_cast<size_t>(i / args.D);
-      if (alone) pack_group(kernels, args, plan, scratch, i);
-      kernels.run(args, plan, scratch, {i % args.D, bounds[range], bounds[range + 1], i / args.D});
+void run_by_groups(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan) {
+  const int64_t blocks = kernels.pack_blocks(args, plan);
+  const int64_t threads = std::min<int64_t>(args.D, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    PassScratch<> own;
+    char* scratch = take_scratch(kernels, args, plan, own);
+    for (int64_t d = next++; d < args.D; d = next++) {
+      const Share share{d, 0, 0, args.B, 0};
+      for (int64_t block = 0; block < blocks; ++block) kernels.pack(args, plan, scratch, share, block);
+      kernels.run(args, plan, scratch, share);
     }
   });
 }
 
 template <class Args>
-void run_by_units(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch) {
-  pack(kernels, args, plan, scratch);
+void pack_all(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, char* scratch) {
+  torch::stable::parallel_for(0, args.D * kernels.pack_blocks(args, plan), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t d = i % args.D;
+      kernels.pack(args, plan, scratch, {d, d, 0, args.B, 0}, i / args.D);
+    }
+  });
+}
+
+template <class Args>
+void run_by_rows(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan) {
+  const std::vector<int64_t> bounds = row_bounds(args, plan.ranges);
+  const int64_t count = args.D * static_cast<int64_t>(bounds.size() - 1);
+  PassScratch<> shared;
+  char* scratch = take_scratch(kernels, args, plan, shared);
+  pack_all(kernels, args, plan, scratch);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t d = i % args.D, range = i / args.D;
+      const size_t first = static_cast<size_t>(range);
+      kernels.run(args, plan, scratch, {d, d, bounds[first], bounds[first + 1], range});
+    }
+  });
+}
+
+template <class Args>
+void run_by_units(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan) {
+  PassScratch<> shared;
+  char* scratch = take_scratch(kernels, args, plan, shared);
+  pack_all(kernels, args, plan, scratch);
   std::deque<Team> teams;
   for (int64_t d = 0; d < args.D; ++d) teams.emplace_back(static_cast<int>(plan.members));
   torch::stable::parallel_for(0, args.D * plan.members, 1, [&](int64_t begin, int64_t end) {
@@ -160,20 +182,21 @@ void run_by_units(const PassKernels<Args>& kernels, const Args& args, const CpuP
       const int64_t d = i / plan.members;
       Team& team = teams[static_cast<size_t>(d)];
       const int member = team.join();
-      if (member >= 0) kernels.run(args, plan, scratch, {d, 0, args.B, 0, member, &team});
+      if (member >= 0) kernels.run(args, plan, scratch, {d, d, 0, args.B, 0, member, &team});
     }
   });
 }
 
 template <class Args>
-void run(const PassKernels<Args>& kernels, const Args& args, const AllocateScratch& allocate) {
+void run(const PassKernels<Args>& kernels, const Args& args) {
   if (args.N == 0) return;
   const CpuPlan plan = choose(kernels, args);
-  char* scratch = allocate(kernels.scratch_bytes(args, plan));
   if (plan.members > 1)
-    run_by_units(kernels, args, plan, scratch);
+    run_by_units(kernels, args, plan);
+  else if (plan.ranges > 1)
+    run_by_rows(kernels, args, plan);
   else
-    run_by_rows(kernels, args, plan, scratch);
+    run_by_groups(kernels, args, plan);
 }
 
 }  // namespace
@@ -190,9 +213,7 @@ void set_cpu_isa(const std::string& name) { current_kernels() = find(name); }
 
 const CpuKernels& cpu_kernels() { return *current_kernels().load(); }
 
-void scan_cpu(const ScanArgs& args, const AllocateScratch& allocate) { run(cpu_kernels().forward, args, allocate); }
-void scan_cpu(const ScanBackwardArgs& args, const AllocateScratch& allocate) {
-  run(cpu_kernels().backward, args, allocate);
-}
+void scan_cpu(const ScanArgs& args) { run(cpu_kernels().forward, args); }
+void scan_cpu(const ScanBackwardArgs& args) { run(cpu_kernels().backward, args); }
 
 }  // namespace fastrnn

@@ -134,8 +134,9 @@ constexpr PassKernels<Args> pass_kernels() {
       [](const Args& a) {
         return with_cell<Pass>(a, [&](auto* pass) { return std::remove_pointer_t<decltype(pass)>::unit_blocks(a); });
       },
-      [](const Args& a, const CpuPlan& p, char* scratch, int64_t block) {
-        with_cell<Pass>(a, [&](auto* pass) { std::remove_pointer_t<decltype(pass)>::pack(a, p, scratch, block); });
+      [](const Args& a, const CpuPlan& p, char* scratch, const Share& share, int64_t block) {
+        with_cell<Pass>(a,
+                        [&](auto* pass) { std::remove_pointer_t<decltype(pass)>::pack(a, p, scratch, share, block); });
       },
       [](const Args& a, const CpuPlan& p, char* scratch, const Share& share) {
         with_cell<Pass>(a, [&](auto* pass) { std::remove_pointer_t<decltype(pass)>::run(a, p, scratch, share); });

@@ -8,21 +8,21 @@ struct BackwardScratch {
   S *packed_hh, *packed_hr;
   S *dr[2], *dh, *dc, *dp;  // panels: gradient of the recurrent pre-activations after and before a step, of h and c,
                             // and of the projected h
-  S *dh0, *dc0;             // with resets: sums [D, K, stride] over the boundaries that a row of h0 and c0 entered by
+  S *dh0, *dc0;  // with resets: sums [slots, K, stride] over the boundaries that a row of h0 and c0 entered by
   size_t bytes;
 
-  BackwardScratch(const ScanShape& a, int gates, char* base)
+  BackwardScratch(const ScanShape& a, const CpuPlan& plan, int gates, char* base)
       : hh{a.P, 1, gates * a.H, Vec<S>::kLanes}, hr{a.H, 1, a.P, Vec<S>::kLanes} {
     Arena arena(base);
     dr_stride = panel_stride<S>(gates * a.H), dh_stride = panel_stride<S>(a.H), dp_stride = panel_stride<S>(a.P);
-    packed_hh = arena.take<S>(a.D * hh.size());
-    packed_hr = arena.take<S>(a.projected ? a.D * hr.size() : 0);
-    for (S*& panel : dr) panel = arena.take<S>(a.D * a.B * dr_stride);
-    dh = arena.take<S>(a.D * a.B * dh_stride);
-    dc = arena.take<S>(a.D * a.B * dh_stride);
-    dp = arena.take<S>(a.projected ? a.D * a.B * dp_stride : 0);
-    dh0 = arena.take<S>(a.resets ? a.D * a.K() * dp_stride : 0);
-    dc0 = arena.take<S>(a.resets ? a.D * a.K() * dh_stride : 0);
+    packed_hh = arena.take<S>(plan.slots * hh.size());
+    packed_hr = arena.take<S>(a.projected ? plan.slots * hr.size() : 0);
+    for (S*& panel : dr) panel = arena.take<S>(plan.slots * a.B * dr_stride);
+    dh = arena.take<S>(plan.slots * a.B * dh_stride);
+    dc = arena.take<S>(plan.slots * a.B * dh_stride);
+    dp = arena.take<S>(a.projected ? plan.slots * a.B * dp_stride : 0);
+    dh0 = arena.take<S>(a.resets ? plan.slots * a.K() * dp_stride : 0);
+    dc0 = arena.take<S>(a.resets ? plan.slots * a.K() * dh_stride : 0);
     bytes = arena.used();
   }
 };
@@ -34,25 +34,24 @@ struct Backward {
   static constexpr int G = Cell::kGates, A = Cell::kSaved, R = Cell::kOwn, kLanes = V::kLanes;
   static constexpr int64_t kRowsAhead = 2;  // of the row whose cell is computed, fetched into the cache
 
-  static size_t scratch_bytes(const ScanBackwardArgs& a, const CpuPlan&) {
-    return BackwardScratch<S>(a, G, nullptr).bytes;
+  static size_t scratch_bytes(const ScanBackwardArgs& a, const CpuPlan& plan) {
+    return BackwardScratch<S>(a, plan, G, nullptr).bytes;
   }
 
   static int64_t pack_blocks(const ScanBackwardArgs& a, const CpuPlan& plan) {
-    const BackwardScratch<S> s(a, G, nullptr);
-    if (!plan.packed) return 0;
-    return a.D * (s.hh.blocks + (a.projected ? s.hr.blocks : 0));
+    const BackwardScratch<S> s(a, plan, G, nullptr);
+    return plan.packed ? s.hh.blocks + (a.projected ? s.hr.blocks : 0) : 0;
   }
 
   static int64_t unit_blocks(const ScanBackwardArgs& a) { return PackedShape(a.P, 1, G * a.H, kLanes).blocks; }
 
-  static void pack(const ScanBackwardArgs& a, const CpuPlan&, char* scratch, int64_t index) {
-    const BackwardScratch<S> s(a, G, scratch);
-    const int64_t d = index % a.D, block = index / a.D;
+  static void pack(const ScanBackwardArgs& a, const CpuPlan& plan, char* scratch, const Share& share, int64_t block) {
+    const BackwardScratch<S> s(a, plan, G, scratch);
+    const int64_t d = share.d, slot = share.slot;
     if (block < s.hh.blocks)
-      pack_columns<T>({a.weight_hh[d], a.P}, s.hh, block, s.packed_hh + d * s.hh.size());
+      pack_columns<T>({a.weight_hh[d], a.P}, s.hh, block, s.packed_hh + slot * s.hh.size());
     else
-      pack_columns<T>({a.weight_hr[d], a.H}, s.hr, block - s.hh.blocks, s.packed_hr + d * s.hr.size());
+      pack_columns<T>({a.weight_hr[d], a.H}, s.hr, block - s.hh.blocks, s.packed_hr + slot * s.hr.size());
   }
 
   static void run(const ScanBackwardArgs& args, const CpuPlan& p, char* scratch, const Share& share) {
@@ -63,20 +62,20 @@ struct Backward {
   const CpuPlan& plan;
   const Share& share;
   const BackwardScratch<S> s;
-  const int64_t d;
+  const int64_t d, slot;
   const Part units;  // this thread's blocks of units, and the units (of h, in a projected pass)
   int now = 0;       // dr[now] comes from the step run before, dr[1 - now] is this step's
   RunSums<S> sums;
 
   Backward(const ScanBackwardArgs& args, const CpuPlan& p, char* scratch, const Share& part)
-      : a(args), plan(p), share(part), s(args, G, scratch), d(part.d), units(s.hh, part) {}
+      : a(args), plan(p), share(part), s(args, p, G, scratch), d(part.d), slot(part.slot), units(s.hh, part) {}
 
-  S* dr_row(int panel, int64_t b) const { return s.dr[panel] + (d * a.B + b) * s.dr_stride; }
-  S* dh_row(int64_t b) const { return s.dh + (d * a.B + b) * s.dh_stride; }
-  S* dc_row(int64_t b) const { return s.dc + (d * a.B + b) * s.dh_stride; }
-  S* dp_row(int64_t b) const { return s.dp + (d * a.B + b) * s.dp_stride; }
-  S* dh0_row(int64_t k) const { return s.dh0 + (d * a.K() + k) * s.dp_stride; }
-  S* dc0_row(int64_t k) const { return s.dc0 + (d * a.K() + k) * s.dh_stride; }
+  S* dr_row(int panel, int64_t b) const { return s.dr[panel] + (slot * a.B + b) * s.dr_stride; }
+  S* dh_row(int64_t b) const { return s.dh + (slot * a.B + b) * s.dh_stride; }
+  S* dc_row(int64_t b) const { return s.dc + (slot * a.B + b) * s.dh_stride; }
+  S* dp_row(int64_t b) const { return s.dp + (slot * a.B + b) * s.dp_stride; }
+  S* dh0_row(int64_t k) const { return s.dh0 + (slot * a.K() + k) * s.dp_stride; }
+  S* dc0_row(int64_t k) const { return s.dc0 + (slot * a.K() + k) * s.dh_stride; }
 
   void run() {
     const int64_t b_begin = share.b_begin;
@@ -101,7 +100,7 @@ struct Backward {
           projected_run(t, b, rows, begin, end, false);
         });
         runs(s.hr, 0, s.hr.blocks, b_begin, active, [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
-          product(dp_row(b), s.dp_stride, rows, s.packed_hr + d * s.hr.size(), s.hr, begin, end, sums.data);
+          product(dp_row(b), s.dp_stride, rows, s.packed_hr + slot * s.hr.size(), s.hr, begin, end, sums.data);
           cell_run(t, b, rows, s.hr, begin, end, true);
         });
       } else {
@@ -177,7 +176,7 @@ struct Backward {
         s.hh, units.begin, units.end, first, last,
         [&](int64_t b, int64_t rows, int64_t begin, int64_t end) {
           if (plan.packed)
-            product(dr_row(now, b), s.dr_stride, rows, s.packed_hh + d * s.hh.size(), s.hh, begin, end, sums.data);
+            product(dr_row(now, b), s.dr_stride, rows, s.packed_hh + slot * s.hh.size(), s.hh, begin, end, sums.data);
           else
             product_unpacked(b, rows, begin, end);
           finish(b, rows, begin, end);

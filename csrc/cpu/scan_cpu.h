@@ -1,8 +1,6 @@
 // The CPU pass as csrc/ops.cpp and csrc/python.cpp see it.
 #pragma once
 
-#include <cstddef>
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -19,11 +17,8 @@ void set_cpu_isa(const std::string& name);  // throws std::invalid_argument
 struct CpuKernels;
 const CpuKernels& cpu_kernels();  // of the instruction set in use
 
-// Gives scratch memory of so many bytes, aligned to 64, that lives until the pass returns.
-using AllocateScratch = std::function<char*(size_t)>;
-
 // One pass over torch's threads.
-void scan_cpu(const ScanArgs& args, const AllocateScratch& allocate);
-void scan_cpu(const ScanBackwardArgs& args, const AllocateScratch& allocate);
+void scan_cpu(const ScanArgs& args);
+void scan_cpu(const ScanBackwardArgs& args);
 
 }  // namespace fastrnn

@@ -6,30 +6,30 @@ template <class S>
 struct ForwardScratch {
   PackedShape ih, hh, hr;
   int64_t x_stride, h_stride, c_stride, prepared_stride;
-  S *packed_ih, *packed_hh, *packed_hr;  // [D, size()] each
-  S* bias;                               // [D, ranges, members, vectors of units, G + R, lanes], see prepare_bias
-  S *x, *gates;                          // a chunk of steps: input rows [D, members, rows, stride] and their products
-  S* prepared;                           // rows prepared for a product (direct.h) [D, members, rows, stride]
-  S *h[2], *c, *m;                       // panels [D, B, stride]: h before and after a step, c, o tanh(c)
+  S *packed_ih, *packed_hh, *packed_hr;  // [slots, size()] each
+  S* bias;                               // [slots, ranges, members, vectors of units, G + R, lanes], see prepare_bias
+  S *x, *gates;     // a chunk of steps: input rows [slots, members, rows, stride] and their products
+  S* prepared;      // rows prepared for a product (direct.h) [slots, members, rows, stride]
+  S *h[2], *c, *m;  // panels [slots, B, stride]: h before and after a step, c, o tanh(c)
   size_t bytes;
 
   ForwardScratch(const ScanArgs& a, const CpuPlan& plan, int G, int R, char* base)
       : ih{a.H, G, a.I, Vec<S>::kLanes}, hh{a.H, G, a.P, Vec<S>::kLanes}, hr{a.P, 1, a.H, Vec<S>::kLanes} {
     Arena arena(base);
     x_stride = panel_stride<S>(a.I), h_stride = panel_stride<S>(a.P), c_stride = panel_stride<S>(a.H);
-    packed_ih = arena.take<S>(plan.packed_input ? a.D * ih.size() : 0);
-    packed_hh = arena.take<S>(plan.packed ? a.D * hh.size() : 0);
-    packed_hr = arena.take<S>(plan.packed && a.projected ? a.D * hr.size() : 0);
+    packed_ih = arena.take<S>(plan.packed_input ? plan.slots * ih.size() : 0);
+    packed_hh = arena.take<S>(plan.packed ? plan.slots * hh.size() : 0);
+    packed_hr = arena.take<S>(plan.packed && a.projected ? plan.slots * hr.size() : 0);
     prepared_stride = std::max({x_stride, h_stride, a.projected ? c_stride : 0});
     const bool prepares = a.weight_type != WeightType::kStorage || a.dtype == Dtype::kBFloat16;
-    const int64_t rows = a.D * plan.members * plan.chunk * a.B;
+    const int64_t rows = plan.slots * plan.members * plan.chunk * a.B;
     prepared = arena.take<S>(prepares && !(plan.packed_input && plan.packed) ? rows * prepared_stride : 0);
     x = arena.take<S>(rows * x_stride);
-    gates = arena.take<S>(a.D * plan.chunk * a.B * ih.columns(0, ih.blocks) * ih.lanes);
-    bias = arena.take<S>(a.D * plan.ranges * plan.members * bias_size(G + R));
-    for (S*& panel : h) panel = arena.take<S>(a.D * a.B * h_stride);
-    c = arena.take<S>(a.D * a.B * c_stride);
-    m = arena.take<S>(a.projected ? a.D * a.B * c_stride : 0);
+    gates = arena.take<S>(plan.slots * plan.chunk * a.B * ih.columns(0, ih.blocks) * ih.lanes);
+    bias = arena.take<S>(plan.slots * plan.ranges * plan.members * bias_size(G + R));
+    for (S*& panel : h) panel = arena.take<S>(plan.slots * a.B * h_stride);
+    c = arena.take<S>(plan.slots * a.B * c_stride);
+    m = arena.take<S>(a.projected ? plan.slots * a.B * c_stride : 0);
     bytes = arena.used();
   }
 
@@ -48,18 +48,17 @@ struct Forward {
 
   static int64_t pack_blocks(const ScanArgs& a, const CpuPlan& p) {
     const ForwardScratch<S> s(a, p, G, R, nullptr);
-    return a.D * ((p.packed_input ? s.ih.blocks : 0) + (p.packed ? s.hh.blocks + (a.projected ? s.hr.blocks : 0) : 0));
+    return (p.packed_input ? s.ih.blocks : 0) + (p.packed ? s.hh.blocks + (a.projected ? s.hr.blocks : 0) : 0);
   }
 
   static int64_t unit_blocks(const ScanArgs& a) { return PackedShape(a.H, G, a.P, kLanes).blocks; }
 
-  static void pack(const ScanArgs& a, const CpuPlan& p, char* scratch, int64_t index) {
+  static void pack(const ScanArgs& a, const CpuPlan& p, char* scratch, const Share& share, int64_t block) {
     const ForwardScratch<S> s(a, p, G, R, scratch);
-    const int64_t d = index % a.D;
-    int64_t block = index / a.D;
+    const int64_t d = share.d;
     const auto pack = [&](const void* weight, const PackedShape& shape, S* packed) {
       if (block >= 0 && block < shape.blocks)
-        pack_rows(static_cast<const T*>(weight), shape, block, packed + d * shape.size());
+        pack_rows(static_cast<const T*>(weight), shape, block, packed + share.slot * shape.size());
       block -= shape.blocks;
     };
     if (p.packed_input) pack(a.weight_ih[d], s.ih, s.packed_ih);
@@ -84,7 +83,7 @@ struct Forward {
   const CpuPlan& plan;
   const Share& share;
   const ForwardScratch<S> s;
-  const int64_t d;
+  const int64_t d, slot;
   const Part units;                        // this thread's blocks of units, and the units
   int now = 0;                             // h[now] enters the step, h[1 - now] leaves it
   int64_t chunk_begin = 0, chunk_end = 0;  // the steps whose input products are there
@@ -98,28 +97,29 @@ struct Forward {
         share(part),
         s(args, p, G, R, scratch),
         d(part.d),
+        slot(part.slot),
         units(s.hh, part),
         ih(matrix(s.ih, p.packed_input, s.packed_ih, a.weight_ih, a.weight_type, a.scale_ih)),
         hh(matrix(s.hh, p.packed, s.packed_hh, a.weight_hh, a.weight_type, a.scale_hh)),
         hr(matrix(s.hr, p.packed, s.packed_hr, a.weight_hr, WeightType::kStorage, nullptr)) {}
 
   T* output_row(int64_t t, int64_t b) const { return at<T>(a.output, (a.row(t, b) * a.D + d) * a.P); }
-  // First row of this thread's chunk in arrays [D, members, rows, stride].
-  int64_t own_rows() const { return ((d * plan.members + share.member) * a.B + share.b_begin) * plan.chunk; }
+  // First row of this thread's chunk in arrays [slots, members, rows, stride].
+  int64_t own_rows() const { return ((slot * plan.members + share.member) * a.B + share.b_begin) * plan.chunk; }
   S* x_row(int64_t row) const { return s.x + (own_rows() + row) * s.x_stride; }
   S* prepared_row(int64_t row) const { return s.prepared + (own_rows() + row) * s.prepared_stride; }
   // The input products of this thread's chunk for the run that begins with `block`.
   S* gates_run(int64_t block) const {
-    const int64_t before = (d * a.B + share.b_begin) * s.ih.blocks + (share.b_end - share.b_begin) * block;
+    const int64_t before = (slot * a.B + share.b_begin) * s.ih.blocks + (share.b_end - share.b_begin) * block;
     return s.gates + before * plan.chunk * s.ih.columns(0, 1) * kLanes;
   }
   S* bias_at(int64_t vector) const {
-    const int64_t own = (d * plan.ranges + share.range) * plan.members + share.member;
+    const int64_t own = (slot * plan.ranges + share.range) * plan.members + share.member;
     return s.bias + own * s.bias_size(G + R) + vector * (G + R) * kLanes;
   }
-  S* h_row(int panel, int64_t b) const { return s.h[panel] + (d * a.B + b) * s.h_stride; }
-  S* c_row(int64_t b) const { return s.c + (d * a.B + b) * s.c_stride; }
-  S* m_row(int64_t b) const { return s.m + (d * a.B + b) * s.c_stride; }
+  S* h_row(int panel, int64_t b) const { return s.h[panel] + (slot * a.B + b) * s.h_stride; }
+  S* c_row(int64_t b) const { return s.c + (slot * a.B + b) * s.c_stride; }
+  S* m_row(int64_t b) const { return s.m + (slot * a.B + b) * s.c_stride; }
 
   int64_t time_of(int64_t step) const { return a.reversed(d) ? a.T - 1 - step : step; }
   // Behind the last of this thread's rows that take part in step t.
@@ -199,7 +199,7 @@ struct Forward {
 
   Matrix matrix(const PackedShape& shape, bool is_packed, const S* packed, const void* const* weight, WeightType type,
                 const float* const* scale) const {
-    return {shape, is_packed ? packed + d * shape.size() : nullptr, weight ? weight[d] : nullptr, type,
+    return {shape, is_packed ? packed + slot * shape.size() : nullptr, weight ? weight[d] : nullptr, type,
             scale ? scale[d] : nullptr};
   }
 
