@@ -36,9 +36,9 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Scratch memory of one pass: up to kMostKept bytes it is the thread's own, which stays for the next pass. A pass may
-// have several, each with a slot of its own: 0 for packed weights and 5 for the gradients of gates may be large, the
-// others are small.
+// Scratch memory of one pass, or of a thread's part of it: up to kMostKept bytes it is the thread's own, which stays
+// for the next pass. A pass may have several, each with a slot of its own: 0 for packed weights and 5 for the gradients
+// of gates may be large, the others are small.
 template <int kSlot = 0>
 class PassScratch {
  public:

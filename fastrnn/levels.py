@@ -20,10 +20,11 @@ _functorch = torch._C._functorch
 
 
 class LevelFunction(Function):
-    """A Function of tensors and constants, not of lists, that returns new tensors.
+    """A Function of tensors and constants, not of lists and without defaults, whose forward and
+    vmap rule return tuples of new tensors.
 
     ``apply`` does what torch's own does, whose trees of arguments and a class made for each call
-    take half a millisecond per level.
+    take half a millisecond per level. Its vmap rules do not hear of the kind of randomness.
     """
 
     _at_level: ClassVar[Any]
@@ -47,7 +48,7 @@ class LevelFunction(Function):
         if kind == _functorch.TransformType.Vmap:
             return under_vmap(innermost, given, cls._mapped, cls.apply)
         if kind != _functorch.TransformType.Grad:
-            return super().apply(*arguments)
+            return super().apply(*given)
         lift = _functorch.CGradInterpreterPtr(innermost).lift
         with enable_single_level_autograd_function():
             return cls._at_level.apply(*(lift(a) if isinstance(a, Tensor) else a for a in given))

@@ -15,7 +15,7 @@ struct CpuPlan {
   bool packed_input;  // the same of the input weights (forward)
   int64_t members;    // threads that share the hidden units of one group; 1: rows are divided instead
   int64_t ranges;     // ranges of rows of one group
-  int64_t slots;      // groups that have a place in the scratch memory: all of them, or one after the other the same
+  int64_t slots;      // places for groups in scratch memory: one for each, or one that a thread uses for all of its own
   int64_t chunk;      // steps whose input products are computed together (forward): of all rows, or more of fewer rows
 };
 
@@ -30,7 +30,8 @@ struct Share {
 };
 
 // A pass = of every group pack the weights (pack_blocks, in any order, in parallel), then run every share (in any
-// order, in parallel). Ranges of rows have nothing in common, and the result of a row and unit does not depend on the
+// order, in parallel); groups with the same place in scratch memory one after the other, each packed just before it
+// runs. Ranges of rows have nothing in common, and the result of a row and unit does not depend on the
 // share it is in: the number of threads never changes a bit.
 template <class Args>
 struct PassKernels {

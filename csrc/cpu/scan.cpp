@@ -133,10 +133,10 @@ void run_by_groups(const PassKernels<Args>& kernels, const Args& args, const Cpu
   const int64_t blocks = kernels.pack_blocks(args, plan);
   const int64_t threads = std::min<int64_t>(args.D, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {  // called at least once, on any threads
     PassScratch<> own;
-    char* scratch = take_scratch(kernels, args, plan, own);
     for (int64_t d = next++; d < args.D; d = next++) {
+      char* scratch = take_scratch(kernels, args, plan, own);  // each time the same, poisoned anew in tests
       const Share share{d, 0, 0, args.B, 0};
       for (int64_t block = 0; block < blocks; ++block) kernels.pack(args, plan, scratch, share, block);
       kernels.run(args, plan, scratch, share);
