@@ -195,7 +195,8 @@ class _Groups:
     def part(self, tensor: Tensor) -> tuple[Tensor, Dim]:
         if _is_absent(tensor):
             return tensor, None
-        return _split(tensor, 0, tensor.shape[0] // self.size), 1
+        stack = tensor.shape[0] // self.size
+        return (tensor.unsqueeze(0) if stack == 1 else _split(tensor, 0, stack)), 1
 
     def join_features(self, tensor: Tensor | None, dim: Dim, count: int) -> Tensor | None:
         """[..., count * width] -> [..., count * S * width]"""

@@ -121,22 +121,18 @@ std::vector<int64_t> row_bounds(const ScanShape& a, int64_t ranges) {
   return bounds;
 }
 
-template <class Args>
-char* take_scratch(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan, PassScratch<>& scratch) {
-  return scratch.get(kernels.scratch_bytes(args, plan));
-}
-
 // Each thread runs groups as a whole, one after the other as long as there are any, in scratch memory of its own, where
 // it also packs their weights: it finds them in its cache.
 template <class Args>
 void run_by_groups(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan) {
   const int64_t blocks = kernels.pack_blocks(args, plan);
+  const size_t bytes = kernels.scratch_bytes(args, plan);
   const int64_t threads = std::min<int64_t>(args.D, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {  // called at least once, on any threads
     PassScratch<> own;
     for (int64_t d = next++; d < args.D; d = next++) {
-      char* scratch = take_scratch(kernels, args, plan, own);  // each time the same, poisoned anew in tests
+      char* scratch = own.get(bytes);  // each time the same, poisoned anew in tests
       const Share share{d, 0, 0, args.B, 0};
       for (int64_t block = 0; block < blocks; ++block) kernels.pack(args, plan, scratch, share, block);
       kernels.run(args, plan, scratch, share);
@@ -159,7 +155,7 @@ void run_by_rows(const PassKernels<Args>& kernels, const Args& args, const CpuPl
   const std::vector<int64_t> bounds = row_bounds(args, plan.ranges);
   const int64_t count = args.D * static_cast<int64_t>(bounds.size() - 1);
   PassScratch<> shared;
-  char* scratch = take_scratch(kernels, args, plan, shared);
+  char* scratch = shared.get(kernels.scratch_bytes(args, plan));
   pack_all(kernels, args, plan, scratch);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -173,7 +169,7 @@ void run_by_rows(const PassKernels<Args>& kernels, const Args& args, const CpuPl
 template <class Args>
 void run_by_units(const PassKernels<Args>& kernels, const Args& args, const CpuPlan& plan) {
   PassScratch<> shared;
-  char* scratch = take_scratch(kernels, args, plan, shared);
+  char* scratch = shared.get(kernels.scratch_bytes(args, plan));
   pack_all(kernels, args, plan, scratch);
   std::deque<Team> teams;
   for (int64_t d = 0; d < args.D; ++d) teams.emplace_back(static_cast<int>(plan.members));
